@@ -1,0 +1,53 @@
+"""Where a network may be cut: one thin adapter per family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from sigmabranch.backbones.base import Backbone, GlobalAveragePool, Levels
+from sigmabranch.backbones.resnet import ResNet, ResNetSpec, build_resnet, resnet_backbone
+from sigmabranch.backbones.timm import create_timm
+from sigmabranch.errors import CheckpointError, ConfigError
+
+__all__ = ["Backbone", "GlobalAveragePool", "Levels", "ResNet", "ResNetSpec", "as_backbone", "build"]
+
+_ADAPTERS: tuple[Callable[[nn.Module], Backbone | None], ...] = (resnet_backbone,)
+_BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
+    "resnet": build_resnet,
+    "timm": lambda config: create_timm(**config),
+}
+
+
+def as_backbone(model: nn.Module | Backbone) -> Backbone:
+    """Find the adapter that knows ``model``'s family.
+
+    Raises:
+        ConfigError: no adapter does; the message names what to pass instead.
+    """
+    if isinstance(model, Backbone):
+        return model
+    for adapter in _ADAPTERS:
+        backbone = adapter(model)
+        if backbone is not None:
+            return backbone
+    raise ConfigError(
+        f"no adapter for {type(model).__name__}: pass a sigmabranch.Backbone that names its chain, "
+        "stages, pool and head"
+    )
+
+
+def build(source: Mapping[str, Any]) -> nn.Module:
+    """Rebuild a network's skeleton from :attr:`Backbone.source`; only known builders are run.
+
+    Raises:
+        CheckpointError: the builder is unknown to this version.
+    """
+    builder = _BUILDERS.get(str(source.get("builder")))
+    if builder is None:
+        raise CheckpointError(
+            f"unknown network builder {source.get('builder')!r}: known are {sorted(_BUILDERS)}"
+        )
+    return builder(source.get("config", {}))

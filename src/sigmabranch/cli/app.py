@@ -1,0 +1,56 @@
+"""The ``sigmabranch`` command: its verbs, and how their failures end.
+
+Exit codes: 0 done, 2 bad input, 3 stopped early with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import NoReturn
+
+import typer
+
+from sigmabranch.cli import convert, count, demo, evaluate, finetune, run, train
+from sigmabranch.errors import SigmaBranchError
+from sigmabranch.tasks import Stopped
+
+app = typer.Typer(
+    name="sigmabranch",
+    help="Turn a dense network into one that runs a single root-to-leaf path per input.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("demo")(demo.command)
+app.command("run")(run.command)
+app.command("train")(train.command)
+app.command("convert")(convert.command)
+app.command("finetune")(finetune.command)
+app.command("evaluate")(evaluate.command)
+app.command("count")(count.command)
+
+
+def main() -> None:
+    """Run the command line; a failure that is the input's fault is one line and exit code 2."""
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
+    try:
+        status = app(standalone_mode=False)
+    except SigmaBranchError as error:
+        _fail(str(error), error.exit_code)
+    except Stopped as stopped:
+        _fail(f"stopped: {stopped}", 3)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted before the first checkpoint", 130)
+    except typer.TyperException as error:
+        _fail(f"{getattr(error, 'message', error)}; see --help", 2)
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'}: {error.strerror}; free space or check the path", 2)
+    sys.stdout.flush()
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"sigmabranch: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)

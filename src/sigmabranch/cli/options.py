@@ -1,0 +1,52 @@
+"""Options that several verbs share, with one wording each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+Data: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the data set; the embedded ones need none.", show_default=False
+    ),
+]
+Out: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(help="Folder for everything this command writes.", show_default="runs/NAME"),
+]
+Seed: TypeAlias = Annotated[
+    int, typer.Option(help="Seed of initialisation, order, augmentation and clustering.", min=0)
+]
+Device: TypeAlias = Annotated[
+    str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.", metavar="NAME")
+]
+Json: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
+]
+Set: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a setting of the task, e.g. finetune.lr=0.02, tree.depth=3, "
+        "conversion.shared_fraction=0.25, data.train_limit=1000. Repeatable.",
+        show_default=False,
+    ),
+]
+MaxMinutes: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        help="Stop cleanly after so many minutes; the same command continues.",
+        min=0,
+        show_default=False,
+    ),
+]
+Resume: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--resume/--no-resume", help="Continue what --out holds, or insist that it is new."
+    ),
+]

@@ -1,0 +1,18 @@
+"""Phases 0 to 5: from a dense network and its data to a branched network."""
+
+from sigmabranch.conversion.cluster import Clusters, Shards, spherical_kmeans
+from sigmabranch.conversion.convert import blueprint, convert, rebuild, single_path
+from sigmabranch.conversion.record import ConversionRecord, ConversionSpec, class_targets
+
+__all__ = [
+    "Clusters",
+    "ConversionRecord",
+    "ConversionSpec",
+    "Shards",
+    "blueprint",
+    "class_targets",
+    "convert",
+    "rebuild",
+    "single_path",
+    "spherical_kmeans",
+]

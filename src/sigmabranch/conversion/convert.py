@@ -1,0 +1,164 @@
+"""Dense network → branched network, and its relatives that share the same cuts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sigmabranch.backbones import Backbone, as_backbone
+from sigmabranch.conversion.calibrate import ChannelSums, reestimate_norms
+from sigmabranch.conversion.cluster import Shards
+from sigmabranch.conversion.growth import Growth, Loader, Progress
+from sigmabranch.conversion.record import ConversionRecord, ConversionSpec, Split
+from sigmabranch.conversion.select import Selection, top_units
+from sigmabranch.errors import ConfigError
+from sigmabranch.net import SigmaBranchNet
+from sigmabranch.tree import TreeSpec
+
+
+@torch.no_grad()
+def convert(
+    dense: nn.Module | Backbone,
+    loader: Loader,
+    tree: TreeSpec | None = None,
+    *,
+    spec: ConversionSpec | None = None,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+    shards: Shards = Shards(),
+) -> SigmaBranchNet:
+    """Branch a dense network (phases 0 to 5).
+
+    Args:
+        dense: a network whose family has an adapter, or a :class:`~sigmabranch.backbones.Backbone`
+            that says where to cut. It is read, never changed.
+        loader: (inputs, labels) batches without augmentation; read several times.
+        tree: the tree; two levels and four leaves if None.
+        spec: how to choose clusters and channels; the paper's way if None.
+        device: where to calibrate; the dense network's device if None.
+        progress: called with (what, samples done, samples in all).
+        shards: how the calibration data is spread over processes.
+
+    Returns:
+        The branched network in eval mode on ``device``; ``net.record`` explains every decision.
+
+    Raises:
+        UnsupportedOperation: channels cannot be followed through an operation of the network.
+        ConfigError: the tree does not fit the network.
+        ConversionError: too few samples, or a copy that differs from the masked dense network.
+        NumericError: NaN or infinity in a latent or an activation.
+    """
+    spec, tree = spec or ConversionSpec(), tree or TreeSpec()
+    growth = Growth(as_backbone(dense), loader, tree, spec, device, shards, progress)
+    for depth in range(tree.depth):
+        nodes = growth.nodes_at(depth)
+        growth.add_routers(nodes)
+        growth.cluster(nodes)
+        growth.select(nodes)
+        growth.add_children(nodes)
+        growth.reestimate(depth + 1)
+    return growth.finished()
+
+
+@torch.no_grad()
+def rebuild(
+    dense: nn.Module | Backbone,
+    record: ConversionRecord,
+    loader: Loader,
+    *,
+    device: torch.device | str | None = None,
+) -> SigmaBranchNet:
+    """Build the network that a record describes, without choosing anything anew.
+
+    Args:
+        dense: the network that was converted.
+        record: of the conversion.
+        loader: the calibration data; batch norms are re-estimated on it where the record says so.
+        device: as for :func:`convert`.
+
+    Raises:
+        ConfigError: the record belongs to a network of another shape.
+    """
+    tree, spec = record.tree, record.conversion
+    growth = Growth(as_backbone(dense), loader, tree, spec, device, Shards(), None)
+    if growth.record.source != record.source:
+        raise ConfigError("the record belongs to a dense network with other tensors: pass that one")
+    growth.record = record
+    growth.build()
+    return growth.finished()
+
+
+@torch.no_grad()
+def blueprint(
+    dense: nn.Module | Backbone, example: Tensor, tree: TreeSpec | None = None
+) -> SigmaBranchNet:
+    """A branched network of the right shapes with meaningless weights, made without data.
+
+    Every branch holds the first channels of its source and no router has been clustered: good for
+    counting and for dry runs.
+
+    Args:
+        dense: the network to be branched.
+        example: one input, (1, ...); the smallest legal size is enough.
+        tree: as for :func:`convert`.
+    """
+    tree = tree or TreeSpec()
+    spec = ConversionSpec(norm_samples=0, channels="random")
+    loader = [(example, torch.zeros(len(example), dtype=torch.int64))]
+    growth = Growth(as_backbone(dense), loader, tree, spec, None, Shards(), None)
+    for node in tree.inner:
+        blank = [[0.0] * tree.projection_dim] * 2
+        growth.record.splits[node] = Split(
+            gate_weight=blank,
+            gate_bias=[0.0, 0.0],
+            sizes=[0, 0],
+            margin=0.0,
+            objective=0.0,
+            centroid_cosine=1.0,
+        )
+    for depth in range(tree.depth):
+        growth.select(growth.nodes_at(depth))
+    growth.build()
+    return growth.finished()
+
+
+@torch.no_grad()
+def single_path(
+    dense: nn.Module | Backbone,
+    loader: Loader,
+    tree: TreeSpec | None = None,
+    *,
+    spec: ConversionSpec | None = None,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """One path without routers: the control that shows what routing is worth.
+
+    It has the widths of ``tree`` and the channels that are strongest on average over all samples;
+    planes, checks and batch norms are treated as in :func:`convert`.
+
+    Returns:
+        (B, ...) → (B, V) logits, in eval mode.
+    """
+    spec, tree = spec or ConversionSpec(), tree or TreeSpec()
+    growth = Growth(as_backbone(dense), loader, tree, spec, device, Shards(), None)
+    everything = tuple(range(1, tree.depth + 1))
+    sums = {level: ChannelSums(clusters=1) for level in everything}
+    for x, _ in growth.stream("activations", spec.samples):
+        for level, pooled_BC in growth.dense_activations(x, 1, tree.depth).items():
+            sums[level].add(pooled_BC, torch.zeros_like(pooled_BC[:, 0], dtype=torch.int64))
+    lineage = []
+    for level in everything:
+        mean_U = growth.unit_means(level, sums[level].mean(Shards(), "the dense network"))[0]
+        chosen = top_units(mean_U, growth.units_kept(level))
+        selection = Selection(shared=chosen, specific=())
+        lineage.append(growth.channels(level, selection, with_head=level == tree.depth))
+    section, head, _ = growth.cut(lineage, everything)
+    network = nn.Sequential(growth.trunk, section, head)
+
+    def run() -> None:
+        for x, _ in growth.stream("batch norms", min(spec.samples, spec.norm_samples)):
+            section(growth.trunk(x))
+
+    if spec.norm_samples:
+        reestimate_norms([section], run, Shards())
+    return network.eval()

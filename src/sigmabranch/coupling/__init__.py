@@ -1,0 +1,25 @@
+"""Which channels belong together, and how to cut them."""
+
+from __future__ import annotations
+
+from sigmabranch.coupling.map import Axis, CouplingMap, Space
+from sigmabranch.coupling.plan import SlicePlan, fingerprint, plan_slices
+from sigmabranch.coupling.scores import channel_mean_to_unit, unit_scores_l1
+from sigmabranch.coupling.trace import evaluating, trace
+from sigmabranch.coupling.verify import TOLERANCE, masked_state, verify_slice
+
+__all__ = [
+    "TOLERANCE",
+    "Axis",
+    "CouplingMap",
+    "SlicePlan",
+    "Space",
+    "channel_mean_to_unit",
+    "evaluating",
+    "fingerprint",
+    "masked_state",
+    "plan_slices",
+    "trace",
+    "unit_scores_l1",
+    "verify_slice",
+]

@@ -1,0 +1,346 @@
+"""The cut itself, as plain data: which positions of which tensors are kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from sigmabranch.coupling.map import CouplingMap, Space, is_under
+from sigmabranch.errors import ConfigError, ConversionError
+
+Keep: TypeAlias = Mapping[Space | str, Tensor]
+Value: TypeAlias = int | tuple[int, ...]
+
+_SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SlicePlan:
+    """What to keep of a network, and which attributes of its modules change with it.
+
+    Attributes:
+        keep: tensor name -> axis -> kept positions, int64 ascending. Tensors and axes that are
+            kept whole are absent.
+        edits: module path -> attribute -> new value.
+        source: :func:`fingerprint` of the network the positions refer to.
+    """
+
+    keep: Mapping[str, Mapping[int, Tensor]]
+    edits: Mapping[str, Mapping[str, Value]]
+    source: str
+
+    def apply(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+        """The sliced copy of a state dict; the tensors of ``state`` are not touched or shared.
+
+        Args:
+            state: all tensors of the network, or those of its module at ``prefix``.
+            prefix: path of that module; names in ``state`` are relative to it.
+
+        Raises:
+            ConversionError: ``state`` lacks a tensor, or a tensor is smaller than the plan expects.
+        """
+        keep = _relative(self.keep, prefix)
+        missing = keep.keys() - state.keys()
+        if missing:
+            raise ConversionError(
+                f"the plan cuts tensor {min(missing)}, which the state dict lacks: it was made for "
+                "another network"
+            )
+        return {
+            name: _select(tensor.detach(), keep.get(name, {}), name).clone()
+            for name, tensor in state.items()
+        }
+
+    def restrict(self, prefixes: Iterable[str]) -> SlicePlan:
+        """The part of the plan that concerns the modules at ``prefixes``."""
+        prefixes = tuple(prefixes)
+        return replace(
+            self,
+            keep={name: axes for name, axes in self.keep.items() if is_under(name, prefixes)},
+            edits={name: edit for name, edit in self.edits.items() if is_under(name, prefixes)},
+        )
+
+    def then(self, other: SlicePlan) -> SlicePlan:
+        """The one plan that does this and then ``other``, whose positions count what is left.
+
+        Raises:
+            ConversionError: ``other`` keeps a position that this plan no longer has.
+        """
+        keep = {name: dict(axes) for name, axes in self.keep.items()}
+        for name, axes in other.keep.items():
+            mine = keep.setdefault(name, {})
+            for axis, index in axes.items():
+                mine[axis] = _take(mine[axis], index, 0, name) if axis in mine else index
+        edits = {name: dict(edit) for name, edit in self.edits.items()}
+        for name, edit in other.edits.items():
+            edits.setdefault(name, {}).update(edit)
+        return replace(self, keep=keep, edits=edits)
+
+    def reshape(self, root: nn.Module, prefix: str = "") -> None:
+        """Cut a module in place: its parameters, its buffers, and the attributes that name sizes.
+
+        Works on real tensors and on the meta device, and keeps tied parameters tied.
+
+        Args:
+            root: the network, or a copy of its module at ``prefix``.
+            prefix: path of that module in the network.
+
+        Raises:
+            ConversionError: ``root`` lacks a module or tensor of the plan, or one is too small.
+        """
+        done: dict[int, Tensor] = {}
+        for name, axes in _relative(self.keep, prefix).items():
+            owner, _, attribute = name.rpartition(".")
+            module = _submodule(root, owner)
+            tensor = getattr(module, attribute, None)
+            if not isinstance(tensor, Tensor):
+                raise ConversionError(f"the plan cuts tensor {name}, which the module lacks")
+            if id(tensor) not in done:
+                done[id(tensor)] = _replacement(tensor, axes, name)
+            setattr(module, attribute, done[id(tensor)])
+        for path, edit in _relative(self.edits, prefix).items():
+            module = _submodule(root, path)
+            for attribute, value in edit.items():
+                setattr(module, attribute, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; :meth:`from_dict` is its inverse."""
+        return {
+            "schema": _SCHEMA,
+            "source": self.source,
+            "keep": {
+                name: {str(axis): index.tolist() for axis, index in axes.items()}
+                for name, axes in self.keep.items()
+            },
+            "edits": {
+                path: {key: list(v) if isinstance(v, tuple) else v for key, v in edit.items()}
+                for path, edit in self.edits.items()
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> SlicePlan:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: another schema, an unknown key, or values that are not a plan.
+        """
+        if value.get("schema") != _SCHEMA:
+            raise ConfigError(f"plan schema is {value.get('schema')!r}, expected {_SCHEMA}")
+        unknown = value.keys() - {"schema", "source", "keep", "edits"}
+        if unknown:
+            raise ConfigError(f"unknown plan key {min(unknown)!r}")
+        try:
+            return cls(
+                keep={
+                    name: {int(axis): _positions(index) for axis, index in axes.items()}
+                    for name, axes in value["keep"].items()
+                },
+                edits={
+                    path: {key: _attribute(key, item) for key, item in edit.items()}
+                    for path, edit in value["edits"].items()
+                },
+                source=str(value["source"]),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"not a plan: {error}") from error
+
+    def parameter_counts(self, model: nn.Module) -> tuple[int, int]:
+        """Parameters of the uncut ``model`` and of what the plan leaves of it."""
+        shapes = list(self._shapes(model))
+        return sum(old.numel() for _, old, _ in shapes), sum(new.numel() for _, _, new in shapes)
+
+    def explain(self, model: nn.Module) -> str:
+        """One line per parameter that changes, and the totals."""
+        lines = [
+            f"{name}: {_times(old)} -> {_times(new)}"
+            for name, old, new in self._shapes(model)
+            if old != new
+        ]
+        before, after = self.parameter_counts(model)
+        return "\n".join([*lines, f"parameters: {before:,} -> {after:,}"])
+
+    def _shapes(self, model: nn.Module) -> Iterator[tuple[str, torch.Size, torch.Size]]:
+        for name, tensor in model.named_parameters():
+            kept = {axis: len(index) for axis, index in self.keep.get(name, {}).items()}
+            new = [kept.get(axis, size) for axis, size in enumerate(tensor.shape)]
+            yield name, tensor.shape, torch.Size(new)
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the names, shapes and types of the tensors in ``state``, not of their values."""
+    lines = sorted(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in state.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def plan_slices(model: nn.Module, coupling: CouplingMap, keep: Keep) -> SlicePlan:
+    """The plan that keeps the given units.
+
+    Args:
+        model: the network that was traced.
+        coupling: its map.
+        keep: space (or its name) -> int64 ids of the units to keep, in any order. Spaces that are
+            not mentioned are kept whole.
+
+    Raises:
+        ConversionError: a unit is foreign or cannot be dropped, or nothing would be left.
+    """
+    dropped = dropped_units(coupling, keep)
+    positions: dict[str, dict[int, Tensor]] = {}
+    for name, axes in coupling.axes.items():
+        for axis, units in axes.items():
+            stays = ~torch.isin(units, dropped)
+            if not bool(stays.any()):
+                raise ConversionError(f"nothing is left of {name} along axis {axis}: keep some")
+            if not bool(stays.all()):
+                positions.setdefault(name, {})[axis] = stays.nonzero().flatten()
+    return SlicePlan(
+        keep=positions,
+        edits=dict(_edits(model, positions)),
+        source=fingerprint(model.state_dict()),
+    )
+
+
+def dropped_units(coupling: CouplingMap, keep: Keep) -> Tensor:
+    """The units that ``keep`` leaves out, int64 ascending.
+
+    Raises:
+        ConversionError: a unit is foreign to its space, or one that is fixed would be dropped.
+    """
+    dropped = [torch.empty(0, dtype=torch.int64)]
+    for chosen, units in keep.items():
+        space = chosen if isinstance(chosen, Space) else coupling.space(chosen)
+        units = units.cpu()
+        foreign = units[~torch.isin(units, space.units)]
+        if len(foreign):
+            raise ConversionError(f"unit {int(foreign[0])} is not one of {space.name}")
+        gone = space.units[~torch.isin(space.units, units)]
+        for unit in gone.tolist():
+            if unit in coupling.fixed:
+                raise ConversionError(
+                    f"channels of {space.name} cannot be dropped: {coupling.fixed[unit]}"
+                )
+        dropped.append(gone)
+    return torch.unique(torch.cat(dropped))
+
+
+# -- applying ------------------------------------------------------------------------------------
+
+
+def _relative(by_name: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries under the module path ``prefix``, by their names inside it."""
+    return {
+        name[len(prefix) :].removeprefix("."): value
+        for name, value in by_name.items()
+        if is_under(name, [prefix])
+    }
+
+
+def _take(tensor: Tensor, index: Tensor, axis: int, name: str) -> Tensor:
+    if axis >= tensor.ndim or (len(index) and int(index.max()) >= tensor.shape[axis]):
+        raise ConversionError(
+            f"the plan keeps position {int(index.max())} along axis {axis} of {name}, which has "
+            f"shape {tuple(tensor.shape)}: it was made for another network"
+        )
+    return tensor.index_select(axis, index.to(tensor.device))
+
+
+def _select(tensor: Tensor, axes: Mapping[int, Tensor], name: str) -> Tensor:
+    for axis, index in axes.items():
+        tensor = _take(tensor, index, axis, name)
+    return tensor
+
+
+def _replacement(tensor: Tensor, axes: Mapping[int, Tensor], name: str) -> Tensor:
+    sliced = _select(tensor.detach(), axes, name)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(sliced, requires_grad=tensor.requires_grad)
+    return sliced
+
+
+def _submodule(root: nn.Module, path: str) -> nn.Module:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        raise ConversionError(f"the plan edits module {path}, which the network lacks") from None
+
+
+# -- attributes that name sizes ------------------------------------------------------------------
+
+
+def _edits(
+    model: nn.Module, positions: Mapping[str, Mapping[int, Tensor]]
+) -> Iterator[tuple[str, dict[str, Value]]]:
+    for path, module in model.named_modules(remove_duplicate=False):
+        name = f"{path}.weight" if path else "weight"
+        if name in positions:
+            kept = {axis: len(index) for axis, index in positions[name].items()}
+            shape = [kept.get(axis, size) for axis, size in enumerate(module.weight.shape)]
+            edit = _new_attributes(module, shape, path)
+            if edit:
+                yield path, edit
+
+
+def _new_attributes(module: nn.Module, shape: list[int], path: str) -> dict[str, Value]:
+    """The size attributes of ``module`` that change when its weight gets ``shape``."""
+    values: dict[str, Value] = {}
+    if isinstance(module, nn.modules.conv._ConvNd):
+        values = _convolution_attributes(module, shape)
+    elif isinstance(module, nn.Linear):
+        values = {"in_features": shape[1], "out_features": shape[0]}
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        values = {"num_features": shape[0]}
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        values = {"normalized_shape": tuple(shape)}
+    elif isinstance(module, nn.GroupNorm):
+        values = {"num_channels": shape[0]}
+    elif isinstance(module, nn.Embedding):
+        values = {"embedding_dim": shape[1]}
+    elif isinstance(module, nn.PReLU):
+        values = {"num_parameters": shape[0]}
+    return {key: value for key, value in values.items() if getattr(module, key) != value}
+
+
+def _convolution_attributes(module: nn.modules.conv._ConvNd, shape: list[int]) -> dict[str, Value]:
+    rows, columns = (shape[1], shape[0]) if module.transposed else (shape[0], shape[1])
+    depthwise = 1 < module.groups == module.in_channels
+    multiplier = module.out_channels // module.groups
+    groups = rows // multiplier if depthwise else module.groups
+    return {
+        "in_channels": groups if depthwise else columns * module.groups,
+        "out_channels": rows,
+        "groups": groups,
+    }
+
+
+# -- reading -------------------------------------------------------------------------------------
+
+
+def _positions(index: Any) -> Tensor:
+    if not all(type(position) is int and position >= 0 for position in index):
+        raise ValueError("positions must be integers from 0 up")
+    positions = torch.tensor(index, dtype=torch.int64)
+    if bool((positions.diff() <= 0).any()):
+        raise ValueError("positions must ascend")
+    return positions
+
+
+def _attribute(name: str, value: Any) -> Value:
+    if name not in _ATTRIBUTES:
+        raise ValueError(f"unknown module attribute {name!r}")
+    return tuple(int(item) for item in value) if isinstance(value, list) else int(value)
+
+
+_ATTRIBUTES = {
+    "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features",
+    "num_channels", "normalized_shape", "embedding_dim", "num_parameters",
+}  # fmt: skip
+
+
+def _times(shape: torch.Size) -> str:
+    return "x".join(map(str, shape))

@@ -1,0 +1,288 @@
+"""Find coupled channels by running the model once.
+
+An integer label rides along every element of every activation: the id of the unit it belongs to.
+Shape operations act on the labels as on the values; elementwise operations declare the labels of
+their operands equal; convolutions and linear layers tie a weight's columns to the labels they read
+and its rows to new ones. What each operation does is in :mod:`sigmabranch.coupling.rules`; an
+operation without a rule that meets a label is refused.
+
+The model's input carries no labels: its channels are not ours to drop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sigmabranch.coupling.assemble import Findings, assemble, model_tensor
+from sigmabranch.coupling.map import CouplingMap, Role
+from sigmabranch.coupling.rules import Call, find_rule
+from sigmabranch.coupling.units import Units, distinct, varying
+from sigmabranch.errors import ConversionError, UnsupportedOperation
+
+# Labels live on the tensor object itself, so they die with it and no recycled id() can lie.
+_LABELS = "_sigmabranch_labels"
+_WEIGHT = "_sigmabranch_weight"
+
+
+def trace(
+    model: nn.Module, example: Tensor | tuple[Any, ...], *, watch: Sequence[str] = ()
+) -> CouplingMap:
+    """Run ``model`` once on ``example`` and report which channels belong together.
+
+    The run is in eval mode without gradients; the model is left as it was. A batch of one and the
+    smallest legal input are enough.
+
+    Args:
+        model: the dense network.
+        example: its input, or a tuple of its positional inputs.
+        watch: paths of modules whose output channels the map should name.
+
+    Raises:
+        UnsupportedOperation: channels reach an operation through which they cannot be followed.
+        ConversionError: a watched module does not exist or did not run.
+    """
+    modules = dict(model.named_modules())
+    for name in watch:
+        if name not in modules:
+            raise ConversionError(f"cannot watch {name!r}: the model has no module of that name")
+    arguments = example if isinstance(example, tuple) else (example,)
+    # In-place operations of the model must not reach the caller's data.
+    arguments = pytree.tree_map_only(Tensor, torch.clone, arguments)
+    tracer = Tracer(model, watch)
+    with evaluating(model), torch.no_grad(), tracer.following_modules(), tracer:
+        output = model(*arguments)
+    tracer.fix_output(output)
+    return assemble(model, tracer.units, tracer.findings)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put ``models`` into eval mode and give every module its own flag back afterwards."""
+    modules = [module for model in models for module in model.modules()]
+    flags = [module.training for module in modules]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in zip(modules, flags, strict=True):
+            module.training = flag
+
+
+class Tracer(TorchDispatchMode):
+    """The labels of a running model: what the rules read and write."""
+
+    def __init__(self, model: nn.Module, watch: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.units = Units()
+        self.findings = Findings(watched={name: None for name in watch})
+        self._model = model
+        self._path: list[str] = []
+        # Keyed by identity: the model keeps these tensors alive, so no id is reused.
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self._names = {id(tensor): name for name, tensor in named}
+
+    # -- running -----------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        call = Call(func, args, kwargs or {})
+        touched = any(map(self._is_touched, call.tensors))
+        call.out = func(*args, **(kwargs or {}))
+        if touched:
+            rule = find_rule(func) or self.refuse(call, "has no rule")
+            rule(self, call)
+        return call.out
+
+    def _is_touched(self, tensor: Tensor) -> bool:
+        return self.is_marked(tensor) or self.weight(tensor) is not None
+
+    def refuse(self, call: Call, why: str) -> NoReturn:
+        """Stop the trace at an operation through which channels cannot be followed."""
+        raise UnsupportedOperation(
+            f"operation aten.{call.name} in {self.path} {why}: channels cannot be followed through "
+            "it; rewrite the module or add a rule to sigmabranch.coupling.rules"
+        )
+
+    @property
+    def path(self) -> str:
+        """The module that is running, for messages."""
+        return self._path[-1] if self._path and self._path[-1] else type(self._model).__name__
+
+    @contextmanager
+    def following_modules(self) -> Iterator[None]:
+        """Know which module runs, and note what the watched ones return."""
+        handles = []
+        for name, module in self._model.named_modules():
+            handles.append(module.register_forward_pre_hook(self._enter(name)))
+            handles.append(module.register_forward_hook(self._leave(name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        return lambda module, arguments: self._path.append(name)
+
+    def _leave(self, name: str) -> Callable[..., None]:
+        def leave(module: nn.Module, arguments: Any, output: Any) -> None:
+            self._path.pop()
+            if name in self.findings.watched:
+                self.findings.watched[name] = self._output_labels(output)
+
+        return leave
+
+    def _output_labels(self, output: Any) -> list[tuple[Tensor | None, torch.Size]]:
+        tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        return [(getattr(tensor, _LABELS, None), tensor.shape) for tensor in tensors]
+
+    def fix_output(self, output: Any) -> None:
+        """Units that reach the model's output must stay."""
+        for labels, _ in self._output_labels(output):
+            if labels is not None:
+                self.fix(labels, "the model's output")
+
+    # -- labels of activations ---------------------------------------------------------------
+
+    def labels(self, tensor: Tensor) -> Tensor:
+        """Compact labels of ``tensor``; a parameter met for the first time gets new units."""
+        labels = getattr(tensor, _LABELS, None)
+        if labels is None:
+            weight = self.weight(tensor)
+            if weight is None:
+                return torch.zeros([1] * tensor.ndim, dtype=torch.int64)
+            labels = self._parameter_labels(weight)
+        return self.units.compact(labels)
+
+    def is_marked(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` has labels of its own."""
+        return hasattr(tensor, _LABELS)
+
+    def is_new(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is a parameter or buffer that no operation has used yet."""
+        weight = None if self.is_marked(tensor) else self.weight(tensor)
+        if weight is None:
+            return False
+        return weight[0] not in self.findings.elements and weight[0] not in self.findings.weights
+
+    def mark(self, tensor: Tensor, labels: Tensor) -> None:
+        """Give ``tensor`` the labels, broadcast to its shape."""
+        labels = self.units.compact(labels)
+        if bool((labels > 0).any()):
+            setattr(tensor, _LABELS, labels)
+        elif hasattr(tensor, _LABELS):
+            delattr(tensor, _LABELS)
+
+    def unite(self, a: Tensor, b: Tensor) -> Tensor:
+        """Declare two broadcastable labels equal and return them.
+
+        A unit that meets a position without one cannot be dropped: the other side would stay.
+        """
+        self.units.unite(a, b)
+        a, b = torch.broadcast_tensors(a, b)
+        alone = (a > 0) != (b > 0)
+        if bool(alone.any()):
+            self.fix(torch.maximum(a, b)[alone], "combined with values that have no channels")
+        return self.units.find(torch.where(a > 0, a, b))
+
+    def project(self, labels: Tensor, *dims: int) -> Tensor:
+        """Labels that change along ``dims`` only: the units along all others become one."""
+        keep = {dim % labels.ndim for dim in dims}
+        for dim in varying(labels):
+            if dim not in keep:
+                labels = self.unite(labels.narrow(dim, 0, 1), labels).narrow(dim, 0, 1)
+        return self.units.find(labels)
+
+    def vector(self, labels: Tensor, dim: int, size: int) -> Tensor:
+        """The unit at each of the ``size`` positions along ``dim``."""
+        return self.project(labels, dim).reshape(-1).expand(size)
+
+    def settle(self, labels: Tensor, dims: Sequence[int], why: str) -> Tensor:
+        """Labels constant along ``dims``; if they are not, their units are fixed and forgotten."""
+        if any(labels.shape[dim] > 1 for dim in dims):
+            self.fix(labels, why)
+            return torch.zeros([1] * labels.ndim, dtype=torch.int64)
+        return labels
+
+    def fix(self, labels: Tensor, why: str) -> None:
+        """The units in ``labels`` cannot be dropped."""
+        self.findings.fixed.append((distinct([labels]), self._located(why)))
+
+    def blur(self, labels: Tensor, why: str) -> None:
+        """Dropping the units in ``labels`` changes what the others compute."""
+        self.findings.inexact.append((distinct([labels]), self._located(why)))
+
+    def _located(self, why: str) -> str:
+        return f"{why} in {self.path}" if self._path else why
+
+    # -- labels of parameters ----------------------------------------------------------------
+
+    def weight(self, tensor: Tensor) -> tuple[str, tuple[int, ...]] | None:
+        """The parameter or buffer that ``tensor`` is, up to a permutation of its axes."""
+        name = self._names.get(id(tensor))
+        if name is None:
+            return getattr(tensor, _WEIGHT, None)
+        # Integers index and count, single numbers scale everything: neither has channels.
+        if not tensor.is_floating_point() or tensor.numel() < 2:
+            return None
+        return name, tuple(range(tensor.ndim))
+
+    def mark_weight(self, tensor: Tensor, name: str, axes: tuple[int, ...]) -> None:
+        """``tensor`` is the parameter ``name`` with its axes in the order ``axes``."""
+        setattr(tensor, _WEIGHT, (name, axes))
+
+    def bind(self, weight: tuple[str, tuple[int, ...]], dim: int, ids: Tensor, role: Role) -> None:
+        """Tie the axis of a layer's weight to the units it makes or reads."""
+        name, axes = weight
+        known = self.findings.weights.setdefault(name, {})
+        axis = axes[dim]
+        if name in self.findings.elements:
+            self._refuse_mixed(name)
+        known[axis] = self.unite(known[axis], ids) if axis in known else ids
+        self.findings.roles.setdefault((name, axis), role)
+        if role == "makes":
+            self.findings.roles[name, axis] = role
+
+    def attach(self, tensor: Tensor | None, labels: Tensor, role: Role = "scales") -> None:
+        """Tie a bias, norm affine or other elementwise operand to ``labels`` of its shape."""
+        if tensor is None:
+            return
+        weight = self.weight(tensor)
+        if weight is None or weight[0] in self.findings.elements:
+            if tensor.numel() > 1:
+                self.unite(self.labels(tensor), labels)
+        else:
+            self._adopt(weight, labels, role)
+
+    def _adopt(
+        self, weight: tuple[str, tuple[int, ...]], labels: Tensor, role: Role = "scales"
+    ) -> None:
+        name, axes = weight
+        if name in self.findings.weights:
+            self._refuse_mixed(name)
+        inverse = sorted(range(len(axes)), key=axes.__getitem__)
+        self.findings.elements[name] = self.units.compact(labels).permute(inverse)
+        self.findings.element_roles[name] = role
+
+    def _parameter_labels(self, weight: tuple[str, tuple[int, ...]]) -> Tensor:
+        name, axes = weight
+        if name not in self.findings.elements:
+            tensor = model_tensor(self._model, name)
+            fresh = self.units.fresh(tensor.numel()).view(tensor.shape)
+            self._adopt((name, tuple(range(tensor.ndim))), fresh)
+        return self.findings.elements[name].permute(axes)
+
+    def _refuse_mixed(self, name: str) -> NoReturn:
+        raise UnsupportedOperation(
+            f"tensor {name} is both a layer's weight and an elementwise operand in {self.path}: "
+            "its channels cannot be followed; use two tensors"
+        )

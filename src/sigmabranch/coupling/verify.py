@@ -1,0 +1,175 @@
+"""Prove a cut: the sliced section computes what the dense one computes with channels masked.
+
+The oracle is the dense network in which everything that makes a dropped unit is zero: rows of
+convolutions and linear layers, biases, norm affines, running means. Columns that read the unit keep
+their values, so a wrong index on either side shows. Activations in common use map zero to zero, so
+a masked channel stays silent from the layer that makes it to the layers that read it.
+
+Both sides run in fp64 on the CPU: rounding and reduced-precision kernels cannot hide an error or
+feign one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sigmabranch.coupling.map import Axis, CouplingMap
+from sigmabranch.coupling.plan import Keep, dropped_units
+from sigmabranch.coupling.trace import evaluating
+from sigmabranch.errors import ConversionError
+
+#: Largest accepted error relative to the largest output of the masked dense section.
+TOLERANCE = 1e-5
+
+
+def masked_state(
+    state: Mapping[str, Tensor], coupling: CouplingMap, keep: Keep
+) -> dict[str, Tensor]:
+    """The dense state in which the units that ``keep`` leaves out are silent.
+
+    Tensors that change are copies, the others are those of ``state``. Running variances and the
+    columns of consumers are not touched.
+    """
+    dropped = dropped_units(coupling, keep)
+    masked = dict(state)
+    for name in coupling.axes.keys() & state.keys():
+        for axis, units in coupling.axes[name].items():
+            silent = torch.isin(units, dropped)
+            if coupling.roles[name, axis] != "reads" and bool(silent.any()):
+                where = silent.nonzero().flatten().to(masked[name].device)
+                masked[name] = masked[name].detach().index_fill(axis, where, 0)
+    return masked
+
+
+def verify_slice(
+    dense: nn.Module,
+    paths: Sequence[str],
+    sliced: nn.Module,
+    feature: Any,
+    *,
+    coupling: CouplingMap,
+    keep: Keep,
+    entry: str | None = None,
+) -> float:
+    """Compare a sliced section with the same section of the masked dense network.
+
+    Args:
+        dense: the traced network, unchanged.
+        paths: its modules that make up the section, in the order they are applied; the last one
+            must have been watched by the trace.
+        sliced: the section after slicing: one module, from feature to feature.
+        feature: what enters the section in the dense network (tensor or pytree, dense width).
+        coupling: the map of ``dense``.
+        keep: what was kept, as given to :func:`~sigmabranch.coupling.plan_slices`; it includes the
+            channels that enter the section if those were cut.
+        entry: watched module that returns ``feature``; None if nothing of it was cut.
+
+    Returns:
+        The largest error, relative to the largest magnitude of the dense output.
+
+    Raises:
+        ConversionError: the sliced section does not run, gives other shapes, or is off by more than
+            :data:`TOLERANCE` although no dropped unit is marked inexact.
+    """
+    dropped = dropped_units(coupling, keep)
+    entry_axes = [] if entry is None else _watched(coupling, entry)
+    exit_axes = _watched(coupling, paths[-1])
+    where = ", ".join(path or type(dense).__name__ for path in paths)
+    feature = pytree.tree_map_only(Tensor, _precise_tensor, feature)
+    muted, gathered = (_on_channels(act, feature, entry_axes, dropped) for act in (_mute, _gather))
+    with torch.no_grad(), evaluating(dense, sliced):
+        found = _run_sliced(sliced, gathered, where)
+        expected = _run_masked(dense, paths, muted, coupling, keep)
+    expected = _on_channels(_gather, expected, exit_axes, dropped)
+    error = _relative_error(found, expected, where)
+    # Not "error > TOLERANCE": a NaN must fail too.
+    if not error <= TOLERANCE and not coupling.inexact.keys() & set(dropped.tolist()):
+        raise ConversionError(
+            f"sliced {where} differs from the masked dense network by {error:.1e} relative "
+            f"(at most {TOLERANCE:.0e}): these channels cannot be cut exactly"
+        )
+    return error
+
+
+def _watched(coupling: CouplingMap, module: str) -> Sequence[Axis | None]:
+    if module not in coupling.outputs:
+        raise ConversionError(f"module {module!r} was not watched: name it when tracing")
+    return coupling.outputs[module]
+
+
+def _run_masked(
+    dense: nn.Module, paths: Sequence[str], feature: Any, coupling: CouplingMap, keep: Keep
+) -> Any:
+    for path in paths:
+        module = _precise(dense.get_submodule(path))
+        prefix = f"{path}." if path else ""
+        state = {prefix + name: tensor for name, tensor in module.state_dict().items()}
+        masked = masked_state(state, coupling, keep)
+        module.load_state_dict({name.removeprefix(prefix): t for name, t in masked.items()})
+        feature = module(feature)
+    return feature
+
+
+def _run_sliced(sliced: nn.Module, feature: Any, where: str) -> Any:
+    try:
+        return _precise(sliced)(feature)
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConversionError(
+            f"sliced {where} does not run ({reason}): a size is written into its forward"
+        ) from error
+
+
+def _precise(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).cpu().double()
+
+
+def _precise_tensor(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _on_channels(
+    act: Callable[[Tensor, int, Tensor], Tensor],
+    feature: Any,
+    axes: Sequence[Axis | None],
+    dropped: Tensor,
+) -> Any:
+    """Apply ``act(tensor, channel dimension, dropped mask)`` to every tensor that has channels."""
+    leaves, structure = pytree.tree_flatten(feature)
+    remaining = iter(axes)
+    for number, leaf in enumerate(leaves):
+        axis = next(remaining, None) if isinstance(leaf, Tensor) else None
+        if axis is not None:
+            leaves[number] = act(leaf, axis.dim, torch.isin(axis.units, dropped))
+    return pytree.tree_unflatten(leaves, structure)
+
+
+def _mute(tensor: Tensor, dim: int, gone: Tensor) -> Tensor:
+    return tensor.index_fill(dim, gone.nonzero().flatten(), 0)
+
+
+def _gather(tensor: Tensor, dim: int, gone: Tensor) -> Tensor:
+    return tensor.index_select(dim, (~gone).nonzero().flatten())
+
+
+def _relative_error(found: Any, expected: Any, where: str) -> float:
+    worst = 0.0
+    pairs = zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True)
+    for ours, theirs in pairs:
+        if not isinstance(theirs, Tensor):
+            continue
+        if ours.shape != theirs.shape:
+            raise ConversionError(
+                f"sliced {where} returns shape {tuple(ours.shape)}, expected {tuple(theirs.shape)}"
+            )
+        difference = float((ours - theirs).abs().max())
+        scale = float(theirs.abs().max())
+        worst = max(worst, difference / scale if scale else difference)
+    return worst

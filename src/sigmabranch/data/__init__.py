@@ -1,0 +1,16 @@
+"""Data sets: readers, splits that yield normalised batches, and their augmentation."""
+
+from sigmabranch.data.batches import EpochBatches
+from sigmabranch.data.registry import DATA_NAMES, open_data
+from sigmabranch.data.seeds import derive_seed
+from sigmabranch.data.split import Dataset, ResidentSplit, Split
+
+__all__ = [
+    "DATA_NAMES",
+    "Dataset",
+    "EpochBatches",
+    "ResidentSplit",
+    "Split",
+    "derive_seed",
+    "open_data",
+]

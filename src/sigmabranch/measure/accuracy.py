@@ -1,0 +1,226 @@
+"""How often a network is right, and how much of that its routing earns.
+
+One pass over the data runs every node once, and all figures come from it: the hard path's answer
+is read off the soft pass, whose leaves are the very modules the hard path would run. A few numbers
+per sample stay on the device; the host waits for them once, at the end.
+
+Shapes: N samples, B batch, V classes, L leaves.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sigmabranch.errors import ConfigError, DataError, NumericError
+from sigmabranch.measure.evaluating import evaluating
+from sigmabranch.measure.routes import (
+    agreement,
+    balance,
+    leaf_class_information,
+    shuffled_accuracy,
+)
+from sigmabranch.net import SigmaBranchNet
+from sigmabranch.tree import node_key
+
+Batches = Iterable[Sequence[Tensor]]
+
+
+def evaluate(
+    net: SigmaBranchNet,
+    batches: Batches,
+    *,
+    class_leaf: Sequence[int] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure a branched network on (inputs, labels) batches, moved to its device.
+
+    The routes are the sequential decisions of :meth:`SigmaBranchNet.hard`, taken from the same
+    routers' outputs; the two differ only where a router's choice, or a leaf's, is a tie to within
+    rounding.
+
+    Args:
+        net: the network; its training mode is restored.
+        batches: read once.
+        class_leaf: the leaf to which ``leaf_by_class`` sends each class, normally
+            ``best_leaf_of_class`` of the training split; this split's own best if None.
+        seed: of the shuffled routes.
+
+    Returns:
+        JSON-able; accuracies in percent, the rest as fractions. ``samples``; ``top1`` and ``top5``
+        on the hard path; ``soft_top1`` of Σ P_j f_j (paper, eq. 3); ``oracle_leaf`` (any leaf is
+        right: flattered by lucky guesses); ``leaf_by_class`` and ``leaf_by_class_from`` (the
+        honest ceiling of a router); ``always_leaf`` per leaf and ``mean_leaf``;
+        ``shuffled_routes`` and ``routing_gain`` (``top1`` minus that); ``agreement`` of two leaves;
+        ``mean_max_p``; ``leaf_class_mi``; ``usage`` and ``balance``; ``class_leaf_share`` (V rows
+        of L); ``best_leaf_of_class``; ``leaves``.
+
+    Raises:
+        DataError: no samples, or labels outside the network's classes.
+        NumericError: a NaN or infinite logit.
+        ConfigError: ``class_leaf`` does not name one leaf per class.
+    """
+    facts = _Facts()
+    with evaluating(net):
+        for x, y in _on_device(net, batches):
+            soft = net.soft(x)
+            leaf_B = net.routes.hard(soft.branch_log_prob)
+            logits_BLV = soft.logits.float()
+            facts.add(logits_BLV, y, **_routed_facts(logits_BLV, soft.log_prob, leaf_B, y))
+    samples, classes = facts.checked()
+    leaves = len(net.tree.leaves)
+    y_N, leaf_N, correct_NL = facts["y"], facts["leaf"], facts["correct"]
+    routed_VL = _per_class(F.one_hot(leaf_N, leaves), y_N, classes)
+    right_VL = _per_class(correct_NL.long(), y_N, classes)
+    usage_L, per_class_V1 = routed_VL.sum(dim=0), routed_VL.sum(dim=1, keepdim=True)
+    best_leaf_V = right_VL.argmax(dim=1)
+    sent_V = best_leaf_V if class_leaf is None else _one_leaf_each(class_leaf, right_VL)
+    top1 = facts.percent("top1")
+    always_L = 100 * right_VL.sum(dim=0).double() / samples
+    shuffled = 100 * shuffled_accuracy(correct_NL, leaf_N, seed)
+    return {
+        "samples": samples,
+        "top1": top1,
+        **{key: facts.percent(key) for key in ("top5", "soft_top1", "oracle_leaf")},
+        "leaf_by_class": 100 * right_VL.gather(1, sent_V[:, None]).sum().item() / samples,
+        "leaf_by_class_from": "this split" if class_leaf is None else "training split",
+        "always_leaf": always_L.tolist(),
+        "mean_leaf": always_L.mean().item(),
+        "shuffled_routes": shuffled,
+        "routing_gain": top1 - shuffled,
+        "agreement": facts.mean("agreement"),
+        "mean_max_p": facts.mean("mean_max_p"),
+        "leaf_class_mi": leaf_class_information(routed_VL),
+        "usage": (usage_L.double() / samples).tolist(),
+        "balance": balance(usage_L),
+        "class_leaf_share": (routed_VL.double() / per_class_V1.clamp(min=1)).tolist(),
+        "best_leaf_of_class": best_leaf_V.tolist(),
+        "leaves": [node_key(leaf) for leaf in net.tree.leaves],
+    }
+
+
+def evaluate_dense(model: nn.Module, batches: Batches) -> dict[str, Any]:
+    """Measure a network (B, ...) → (B, V) on (inputs, labels) batches, moved to its device.
+
+    Returns:
+        ``samples``, ``top1`` and ``top5`` in percent, ``loss`` (mean cross-entropy, nats).
+
+    Raises:
+        DataError: no samples, or labels outside the network's classes.
+        NumericError: a NaN or infinite logit.
+    """
+    facts = _Facts()
+    with evaluating(model):
+        for x, y_B in _on_device(model, batches):
+            logits_BV = model(x).float()
+            inside_B = y_B.clamp(
+                0, logits_BV.shape[1] - 1
+            )  # a GPU cannot raise here; checked below
+            facts.add(
+                logits_BV,
+                y_B,
+                top1=_among(logits_BV, y_B, 1),
+                top5=_among(logits_BV, y_B, 5),
+                loss=F.cross_entropy(logits_BV, inside_B, reduction="none"),
+            )
+    samples, _ = facts.checked()
+    return {
+        "samples": samples,
+        "top1": facts.percent("top1"),
+        "top5": facts.percent("top5"),
+        "loss": facts.mean("loss"),
+    }
+
+
+class _Facts:
+    """Columns of per-sample values, grown batch by batch on the device."""
+
+    def __init__(self) -> None:
+        self._columns: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self._classes = 0
+
+    def add(self, logits: Tensor, y_B: Tensor, **columns_B: Tensor) -> None:
+        """Append a batch; ``logits`` (B, ..., V) are only looked at."""
+        self._classes = logits.shape[-1]
+        columns = {**columns_B, "y": y_B, "finite": logits.isfinite().flatten(1).all(dim=1)}
+        for name, values_B in columns.items():
+            self._columns[name].append(values_B)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.cat(self._columns[name])
+
+    def mean(self, name: str) -> float:
+        return self[name].double().mean().item()
+
+    def percent(self, name: str) -> float:
+        return 100 * self.mean(name)
+
+    def checked(self) -> tuple[int, int]:
+        """(samples, classes), once it is certain that the figures mean something."""
+        if not self._columns:
+            raise DataError("nothing to evaluate: the data gave no batch")
+        y_N = self["y"]
+        low, high = int(y_N.min()), int(y_N.max())
+        if low < 0 or high >= self._classes:
+            raise DataError(
+                f"labels run from {low} to {high}, but the network has {self._classes} classes: "
+                "is this the data set it was trained on?"
+            )
+        broken = len(y_N) - int(self["finite"].sum())
+        if broken:
+            raise NumericError(
+                f"the network gave NaN or infinite logits on {broken} of {len(y_N)} samples: "
+                "evaluate an earlier checkpoint"
+            )
+        return len(y_N), self._classes
+
+
+def _routed_facts(
+    logits_BLV: Tensor, log_prob_BL: Tensor, leaf_B: Tensor, y_B: Tensor
+) -> dict[str, Tensor]:
+    rows_B = torch.arange(len(y_B), device=y_B.device)
+    predicted_BL = logits_BLV.argmax(dim=2)
+    correct_BL = predicted_BL == y_B[:, None]
+    prob_BL = log_prob_BL.exp()
+    soft_BV = torch.einsum("bl,blv->bv", prob_BL, logits_BLV)
+    return {
+        "leaf": leaf_B,
+        "correct": correct_BL,
+        "top1": correct_BL[rows_B, leaf_B],
+        "top5": _among(logits_BLV[rows_B, leaf_B], y_B, 5),
+        "soft_top1": soft_BV.argmax(dim=1) == y_B,
+        "oracle_leaf": correct_BL.any(dim=1),
+        "agreement": agreement(predicted_BL),
+        "mean_max_p": prob_BL.amax(dim=1),
+    }
+
+
+def _among(logits_BV: Tensor, y_B: Tensor, k: int) -> Tensor:
+    """(B,) bool: the label is among the ``k`` largest logits."""
+    best_BK = logits_BV.topk(min(k, logits_BV.shape[1]), dim=1).indices
+    return (best_BK == y_B[:, None]).any(dim=1)
+
+
+def _per_class(values_NL: Tensor, y_N: Tensor, classes: int) -> Tensor:
+    """Sum the rows of each class: (V, L)."""
+    return values_NL.new_zeros(classes, values_NL.shape[1]).index_add_(0, y_N, values_NL)
+
+
+def _one_leaf_each(class_leaf: Sequence[int], right_VL: Tensor) -> Tensor:
+    classes, leaves = right_VL.shape
+    if len(class_leaf) != classes or not all(0 <= leaf < leaves for leaf in class_leaf):
+        raise ConfigError(
+            f"class_leaf must name a leaf 0..{leaves - 1} for each of {classes} classes"
+        )
+    return torch.as_tensor(class_leaf, device=right_VL.device)
+
+
+def _on_device(model: nn.Module, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    device = next(model.parameters()).device
+    for x, y in batches:
+        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)

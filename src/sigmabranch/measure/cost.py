@@ -1,0 +1,172 @@
+"""Parameters, bytes and multiply-adds: of a dense network, and of one path through a tree.
+
+Counting runs the straight line :meth:`~sigmabranch.net.SigmaBranchNet.path`, not the hard forward:
+its branches depend on the input, and a tracer would drop a router whose output nobody returns.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sigmabranch.errors import MissingDependency
+from sigmabranch.measure.evaluating import evaluating
+from sigmabranch.net import SigmaBranchNet
+from sigmabranch.tree import NodeId, node_key
+
+CONVENTION = (
+    "Parameters: weights, biases and normalisation scales; running statistics are not counted. "
+    "Active: the trunk and, along one path, every router, specializer and the head; where paths "
+    "differ, the largest. MACs: fvcore at batch 1 in eval mode on that path, a multiply-add "
+    "counting 1, batch norm 2 and layer norm 5 per element, pooling 1 per input element, "
+    "activations, additions and softmax nothing. flop_counter: convolutions and matrix products "
+    "only, two of its FLOPs being one MAC. Bytes: parameters at 4 (fp32), 2 (fp16) or 1 (int8)."
+)
+
+
+def cost(model: nn.Module, example: Tensor, *, dense: nn.Module | None = None) -> dict[str, Any]:
+    """Count a branched network, a dense one, or the first against the second.
+
+    Args:
+        model: a :class:`~sigmabranch.net.SigmaBranchNet`, or any dense network.
+        example: an input batch; only its first sample is used, and only its shape matters.
+        dense: what a branched ``model`` is compared with.
+
+    Returns:
+        JSON-able. ``dense`` (if there is one): ``params``, ``macs``, ``macs_flop_counter``,
+        ``bytes``. For a branched network also ``net``: ``total_params``, ``active_params``,
+        ``macs``, ``macs_flop_counter``, ``soft_macs`` (every node once), ``bytes_total``,
+        ``bytes_per_path``; ``paths``: the same per leaf; ``nodes``: one row per node, which add up
+        to the total parameters and to ``soft_macs``, and along a path to that path's; and, with
+        ``dense``, ``reduction_percent``. ``convention`` says what is counted.
+
+    Raises:
+        MissingDependency: fvcore is not installed.
+    """
+    result: dict[str, Any] = {}
+    if not isinstance(model, SigmaBranchNet):
+        dense = model
+    if dense is not None:
+        result["dense"] = _dense_cost(dense, example)
+    if isinstance(model, SigmaBranchNet):
+        result |= _net_cost(model, example)
+    if "dense" in result and "net" in result:
+        result["reduction_percent"] = {
+            "active_params": _reduction(result["net"]["active_params"], result["dense"]["params"]),
+            "macs": _reduction(result["net"]["macs"], result["dense"]["macs"]),
+        }
+    return {**result, "convention": CONVENTION}
+
+
+def count_parameters(modules: Iterable[nn.Module]) -> int:
+    """Elements of all parameters, one that several modules share counting once."""
+    unique = {id(p): p.numel() for module in modules for p in module.parameters()}
+    return sum(unique.values())
+
+
+def _dense_cost(model: nn.Module, example: Tensor) -> dict[str, Any]:
+    with _countable(model) as network:
+        macs, products = _macs(network, example)
+    params = count_parameters([model])
+    return {
+        "params": params,
+        "macs": macs[""],
+        "macs_flop_counter": products,
+        "bytes": _bytes(params),
+    }
+
+
+def _net_cost(net: SigmaBranchNet, example: Tensor) -> dict[str, Any]:
+    node_params = {node: count_parameters(net.node_modules(node)) for node in net.nodes}
+    node_macs: dict[NodeId, int] = {}
+    paths: dict[str, dict[str, int]] = {}
+    with _countable(net) as network:
+        for leaf in net.tree.leaves:
+            passed = [leaf[:level] for level in range(len(leaf) + 1)]
+            path = network.path(leaf)
+            macs, products = _macs(path, example)
+            names = {id(module): name for name, module in path.named_modules()}
+            for node in passed:
+                node_macs[node] = sum(macs[names[id(m)]] for m in network.node_modules(node))
+            paths[node_key(leaf)] = {
+                "active_params": sum(node_params[node] for node in passed),
+                "macs": macs[""],
+                "macs_flop_counter": products,
+            }
+    total = count_parameters([net])
+    worst = {key: max(path[key] for path in paths.values()) for key in next(iter(paths.values()))}
+    return {
+        "net": {
+            "total_params": total,
+            **worst,
+            "soft_macs": sum(node_macs.values()),
+            "bytes_total": _bytes(total),
+            "bytes_per_path": _bytes(worst["active_params"]),
+        },
+        "paths": paths,
+        "nodes": [
+            {
+                "node": node_key(node),
+                "level": len(node),
+                "width": _width(net, node),
+                "params": node_params[node],
+                "macs": node_macs[node],
+            }
+            for node in net.nodes
+        ],
+    }
+
+
+def _macs(model: nn.Module, example: Tensor) -> tuple[Counter[str], int]:
+    """(fvcore's count per module path, the whole under ``""``; torch's count of products)."""
+    sample = torch.zeros_like(example[:1], device=next(model.parameters()).device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations, and the tracer's remarks on constants
+        try:
+            from fvcore.nn import FlopCountAnalysis  # noqa: PLC0415 (an optional package)
+        except ImportError as error:
+            raise MissingDependency("fvcore", "measure", "Counting multiply-adds") from error
+        analysis = FlopCountAnalysis(model, sample)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        # Charged to the caller: several nodes may share one pooling module.
+        macs = analysis.ancestor_mode("caller").by_module()
+    with FlopCounterMode(display=False) as counter:
+        model(sample)
+    return macs, counter.get_total_flops() // 2
+
+
+@contextmanager
+def _countable(model: nn.Module) -> Iterator[Any]:
+    """The model in eval mode without gradients; a copy with memory if it lies on ``meta``.
+
+    The tracer follows values, and shape functions refuse traced sizes on the meta device. The
+    copy's weights are whatever the memory held: counts do not depend on them.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model = copy.deepcopy(model).to_empty(device="cpu")
+    with evaluating(model):
+        yield model
+
+
+def _width(net: SigmaBranchNet, node: NodeId) -> int | None:
+    """Channels that the node hands on: what its router reads, or the last level's for a leaf."""
+    if node in net.tree.leaves:
+        widths = (net.record or {}).get("widths")
+        return widths[-1] if widths else None
+    return net.router(node).channels
+
+
+def _bytes(params: int) -> dict[str, int]:
+    return {"fp32": 4 * params, "fp16": 2 * params, "int8": params}
+
+
+def _reduction(ours: int, theirs: int) -> float:
+    return 100 * (1 - ours / theirs)

@@ -1,0 +1,224 @@
+"""The branched network: soft (every node once) for training, hard (one path) for inference.
+
+Shapes: B batch, L leaves, V classes, I inner nodes, K branches per inner node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sigmabranch.coupling import SlicePlan
+from sigmabranch.errors import ConfigError
+from sigmabranch.routing import Router, Routes
+from sigmabranch.tree import NodeId, TreeSpec, node_key
+
+
+class SoftOutput(NamedTuple):
+    """What every leaf says, and how likely each leaf is.
+
+    Attributes:
+        logits: (B, L, V), leaves in the order of ``tree.leaves`` (paper, eq. 3).
+        log_prob: (B, L) float32, log P_j; each row sums to one after exp (paper, eq. 2).
+        branch_log_prob: (B, I, K) float32, each router's log p in the order of ``tree.inner``.
+    """
+
+    logits: Tensor
+    log_prob: Tensor
+    branch_log_prob: Tensor
+
+
+class HardOutput(NamedTuple):
+    """The prediction of one path per sample.
+
+    Attributes:
+        logits: (B, V).
+        leaf: (B,) int64, position in ``tree.leaves``.
+        log_prob: (B,) float32, sum of the chosen branches' log p.
+    """
+
+    logits: Tensor
+    leaf: Tensor
+    log_prob: Tensor
+
+
+class SigmaBranchNet(nn.Module):
+    """A trunk, routers, specializers and leaf heads (paper, section III).
+
+    Args:
+        tree: the tree's shape.
+        trunk: input → feature.
+        specializers: node → module, feature → feature, for every node but the root.
+        routers: inner node → router.
+        heads: leaf → module, feature → (B, V) logits.
+        plans: node → which channels of the dense network it holds.
+        source: how to rebuild the dense network's skeleton, or None.
+        record: what the conversion decided (:mod:`sigmabranch.conversion.record`).
+    """
+
+    def __init__(
+        self,
+        *,
+        tree: TreeSpec,
+        trunk: nn.Module,
+        specializers: Mapping[NodeId, nn.Module],
+        routers: Mapping[NodeId, Router],
+        heads: Mapping[NodeId, nn.Module],
+        plans: Mapping[NodeId, SlicePlan],
+        source: Mapping[str, Any] | None,
+        record: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.tree, self.source, self.record = tree, source, record
+        self.plans = dict(plans)
+        self.trunk = trunk
+        self.specializers = _by_node(specializers)
+        self.routers = _by_node(routers)
+        self.heads = _by_node(heads)
+        self.routes = Routes(tree)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, V) logits of the hard path: the drop-in replacement for the dense network."""
+        return self.hard(x).logits
+
+    def soft(self, x: Tensor) -> SoftOutput:
+        """Run every node once: the trunk, then each specializer, never once per leaf."""
+        features = {(): self.trunk(x)}
+        log_prob: dict[NodeId, Tensor] = {}
+        branches = []
+        for node in self.tree.inner:
+            branch_log_prob_BK = self.router(node)(features[node])
+            branches.append(branch_log_prob_BK)
+            for branch in (0, 1):
+                child = (*node, branch)
+                arrived = log_prob.get(node, 0.0)
+                log_prob[child] = arrived + branch_log_prob_BK[:, branch]
+                features[child] = self.specializer(child)(features[node])
+        leaves = self.tree.leaves
+        return SoftOutput(
+            logits=torch.stack([self.head(leaf)(features[leaf]) for leaf in leaves], dim=1),
+            log_prob=torch.stack([log_prob[leaf] for leaf in leaves], dim=1),
+            branch_log_prob=torch.stack(branches, dim=1),
+        )
+
+    def hard(self, x: Tensor) -> HardOutput:
+        """Top-1 decisions level by level; only the chosen nodes run (paper, eq. 9).
+
+        A batch is split among the branches by index; a batch of one touches one path.
+        """
+        rows_B = torch.arange(len(x), device=x.device)
+        certain_B = torch.zeros(len(x), device=x.device)
+        parts = list(self._descend((), self.trunk(x), rows_B, certain_B))
+        order_B = torch.cat([rows for rows, *_ in parts]).argsort()
+        return HardOutput(
+            logits=torch.cat([logits for _, logits, _, _ in parts])[order_B],
+            leaf=torch.cat([leaf for _, _, leaf, _ in parts])[order_B],
+            log_prob=torch.cat([log_prob for *_, log_prob in parts])[order_B],
+        )
+
+    def _descend(
+        self, node: NodeId, feature: Any, rows: Tensor, log_prob: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Yield (rows, logits, leaf, log_prob) of each leaf below ``node`` that rows reach."""
+        if node in self.tree.leaves:
+            leaf = torch.full_like(rows, self.tree.leaves.index(node))
+            yield rows, self.head(node)(feature), leaf, log_prob
+            return
+        best, branch = self.router(node)(feature).max(dim=-1)
+        log_prob = log_prob + best
+        for number in (0, 1):
+            chosen = (branch == number).nonzero().flatten()
+            if not len(chosen):
+                continue
+            child = (*node, number)
+            part = feature if len(chosen) == len(rows) else take(feature, chosen)
+            yield from self._descend(
+                child, self.specializer(child)(part), rows[chosen], log_prob[chosen]
+            )
+
+    def path(self, leaf: NodeId) -> Path:
+        """One path as a straight line, for counting and export (shares this net's modules).
+
+        Raises:
+            ConfigError: ``leaf`` is no leaf of the tree.
+        """
+        if leaf not in self.tree.leaves:
+            known = ", ".join(map(node_key, self.tree.leaves))
+            raise ConfigError(f"no leaf {node_key(leaf)!r}: choose from {known}")
+        return Path(self, leaf)
+
+    def router(self, node: NodeId) -> Router:
+        """The router of an inner node."""
+        return self.routers[node_key(node)]  # type: ignore[return-value]
+
+    def specializer(self, node: NodeId) -> nn.Module:
+        """The specializer of any node but the root."""
+        return self.specializers[node_key(node)]
+
+    def head(self, leaf: NodeId) -> nn.Module:
+        """The head of a leaf."""
+        return self.heads[node_key(leaf)]
+
+    def node_modules(self, node: NodeId) -> list[nn.Module]:
+        """The modules charged to ``node``: trunk or specializer, and its router or head."""
+        body = self.specializer(node) if node else self.trunk
+        tail = self.head(node) if node in self.tree.leaves else self.router(node)
+        return [body, tail]
+
+    @property
+    def nodes(self) -> tuple[NodeId, ...]:
+        """Root first, then level by level."""
+        return ((), *self.tree.specializers)
+
+    def node_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters per node key; together they are all of the net's."""
+        return {
+            node_key(node): [p for module in self.node_modules(node) for p in module.parameters()]
+            for node in self.nodes
+        }
+
+    def node_log_prob(self, log_prob_BL: Tensor) -> dict[str, Tensor]:
+        """log probability that a sample passes each node: (B,) per node key."""
+        return {
+            node_key(node): log_prob_BL[:, self.tree.leaves_under(node)].logsumexp(dim=1)
+            for node in self.nodes
+        }
+
+
+class Path(nn.Module):
+    """The straight line from the input to one leaf, routers included.
+
+    They are charged to the path (paper, eq. 4), so their outputs are returned: a tracer would
+    otherwise drop them as dead code.
+    """
+
+    def __init__(self, net: SigmaBranchNet, leaf: NodeId) -> None:
+        super().__init__()
+        inner = [leaf[:level] for level in range(len(leaf))]
+        self.trunk = net.trunk
+        self.routers = nn.ModuleList(net.router(node) for node in inner)
+        self.specializers = nn.ModuleList(
+            net.specializer(leaf[: level + 1]) for level in range(len(leaf))
+        )
+        self.head = net.head(leaf)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(logits (B, V), then log p (B, K) of each router on the path)."""
+        feature = self.trunk(x)
+        branches = []
+        for router, specializer in zip(self.routers, self.specializers, strict=True):
+            branches.append(router(feature))
+            feature = specializer(feature)
+        return (self.head(feature), *branches)
+
+
+def _by_node(modules: Mapping[NodeId, nn.Module]) -> nn.ModuleDict:
+    return nn.ModuleDict({node_key(node): module for node, module in modules.items()})
+
+
+def take(feature: Any, rows: Tensor) -> Any:
+    """The given rows of every tensor of a feature."""
+    return torch.utils._pytree.tree_map(lambda tensor: tensor[rows], feature)

@@ -1,0 +1,19 @@
+"""Pictures, tables and the page that show what a branching saved and what it cost.
+
+Importing this package loads matplotlib and jinja2.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from sigmabranch.errors import MissingDependency
+
+for _package in ("matplotlib", "jinja2"):
+    if find_spec(_package) is None:
+        raise MissingDependency(_package, "report", "Drawing the report")
+
+from sigmabranch.report.page import Run, write_report  # noqa: E402
+from sigmabranch.report.tables import Table, comparison, node_table  # noqa: E402
+
+__all__ = ["Run", "Table", "comparison", "node_table", "write_report"]

@@ -1,0 +1,89 @@
+"""Routers: which branch an input takes.
+
+Shapes: B batch, C channels, D latent length, K branches, I inner nodes, L leaves.
+All routing arithmetic is float32 in log space, whatever autocast says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sigmabranch.tree import NodeId, TreeSpec
+
+
+class Router(nn.Module):
+    """p = softmax(W_r z + b_r) for the latent z = Dropout(LN(W_g · pool(h) + b_g)) (paper, eq. 1).
+
+    Args:
+        channels: C, length of the pooled feature.
+        pool: parameter-free module, feature → (B, C).
+        tree: gives D and the dropout on the latent; K is 2, one branch per child.
+    """
+
+    def __init__(self, channels: int, pool: nn.Module, tree: TreeSpec) -> None:
+        super().__init__()
+        self.channels = channels
+        latent = tree.projection_dim
+        self.projection = nn.Sequential(
+            pool,
+            nn.Linear(channels, latent),
+            nn.LayerNorm(latent),
+            nn.Dropout(tree.projection_dropout),
+        )
+        self.gate = nn.Linear(latent, 2)
+
+    def latent(self, feature: Any) -> Tensor:
+        """z: (B, D) float32."""
+        with torch.autocast(_device_type(feature), enabled=False):
+            return self.projection(_float(feature))
+
+    def forward(self, feature: Any) -> Tensor:
+        """log p: (B, K) float32."""
+        latent_BD = self.latent(feature)
+        with torch.autocast(latent_BD.device.type, enabled=False):
+            return self.gate(latent_BD).log_softmax(dim=-1)
+
+
+class Routes(nn.Module):
+    """The tree's shape as index tables, so that walking it takes one operation per level.
+
+    Inner nodes are numbered in the order of ``tree.inner``, leaves in that of ``tree.leaves``.
+    """
+
+    children_IK: Tensor
+
+    def __init__(self, tree: TreeSpec) -> None:
+        super().__init__()
+        self.depth = tree.depth
+        self.leaf_number = {leaf: number for number, leaf in enumerate(tree.leaves)}
+        self.inner_number = {node: number for number, node in enumerate(tree.inner)}
+        table = [[self._entry((*node, branch)) for branch in (0, 1)] for node in tree.inner]
+        self.register_buffer("children_IK", torch.tensor(table), persistent=False)
+
+    def _entry(self, node: NodeId) -> int:
+        # A leaf j is stored as -1 - j, so that one table tells leaves from inner nodes.
+        if node in self.leaf_number:
+            return -1 - self.leaf_number[node]
+        return self.inner_number[node]
+
+    def hard(self, branch_log_prob_BIK: Tensor) -> Tensor:
+        """The leaf that sequential top-1 decisions reach (paper, eq. 9): (B,) int64."""
+        rows_B = torch.arange(len(branch_log_prob_BIK), device=branch_log_prob_BIK.device)
+        node_B = torch.zeros_like(rows_B)
+        for _ in range(self.depth):
+            branch_B = branch_log_prob_BIK[rows_B, node_B.clamp(min=0)].argmax(dim=-1)
+            node_B = torch.where(
+                node_B >= 0, self.children_IK[node_B.clamp(min=0), branch_B], node_B
+            )
+        return -1 - node_B
+
+
+def _device_type(feature: Any) -> str:
+    return torch.utils._pytree.tree_leaves(feature)[0].device.type
+
+
+def _float(feature: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda tensor: tensor.float(), feature)

@@ -1,0 +1,96 @@
+"""The named tasks. Constants that the paper does not state are our choice."""
+
+from __future__ import annotations
+
+import difflib
+
+from sigmabranch.backbones import ResNetSpec
+from sigmabranch.errors import ConfigError
+from sigmabranch.tasks.task import DataSpec, Task
+from sigmabranch.training import FinetuneRecipe, Recipe
+from sigmabranch.tree import TreeSpec
+
+_DIGITS = Task(
+    name="digits-resnet",
+    summary="scikit-learn's handwritten digits and a small ResNet: minutes on two CPU cores",
+    data=DataSpec(name="digits"),
+    model=ResNetSpec(
+        layers=(1, 1, 2, 2),
+        planes=(8, 16, 32, 64),
+        strides=(1, 2, 2, 1),
+        stem="cifar",
+        stem_width=16,
+        in_channels=1,
+        classes=10,
+    ),
+    tree=TreeSpec(projection_dim=16),
+    dense=Recipe(epochs=30, batch_size=64, lr=0.1, warmup_epochs=2, label_smoothing=0.0),
+    finetune=FinetuneRecipe(
+        epochs=15,
+        batch_size=64,
+        lr=0.05,
+        warmup_epochs=1,
+        label_smoothing=0.0,
+        node_grad_scale=True,
+    ),
+)
+
+_CIFAR_SMALL = Task(
+    name="cifar100-small",
+    summary="CIFAR-100 and a ResNet of 0.57 M parameters: about an hour on two CPU cores",
+    data=DataSpec(name="cifar100"),
+    model=ResNetSpec(
+        layers=(1, 2, 3, 2),
+        planes=(12, 24, 48, 96),
+        strides=(1, 2, 2, 1),
+        stem="small",
+        stem_width=16,
+        classes=100,
+    ),
+    tree=TreeSpec(projection_dim=32),
+    dense=Recipe(
+        epochs=20, batch_size=128, lr=0.1, warmup_epochs=1, label_smoothing=0.0, clip_norm=5.0
+    ),
+    finetune=FinetuneRecipe(
+        epochs=10,
+        batch_size=128,
+        lr=0.05,
+        warmup_epochs=0.5,
+        label_smoothing=0.0,
+        clip_norm=5.0,
+        node_grad_scale=True,
+    ),
+)
+
+_CIFAR = Task(
+    name="cifar100-resnet50",
+    summary="the paper's CIFAR-100 row: ResNet-50, 200 + 60 epochs (wants a GPU)",
+    data=DataSpec(name="cifar100"),
+    model=ResNetSpec(stem="cifar", classes=100),
+    dense=Recipe(epochs=200, precision="bf16"),
+    finetune=FinetuneRecipe(epochs=60, precision="bf16"),
+)
+
+_IMAGENET = Task(
+    name="imagenet-resnet50",
+    summary="the paper's ImageNet-1K row: ResNet-50, 90 + 100 epochs (wants GPUs)",
+    data=DataSpec(name="imagenet", image_size=224),
+    model=ResNetSpec(classes=1000),
+    dense=Recipe(epochs=90, weight_decay=1e-4, precision="bf16"),
+    finetune=FinetuneRecipe(epochs=100, weight_decay=1e-4, precision="bf16"),
+)
+
+TASKS = {task.name: task for task in (_DIGITS, _CIFAR_SMALL, _CIFAR, _IMAGENET)}
+
+
+def find_task(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        ConfigError: there is none; the message lists the known ones.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    near = difflib.get_close_matches(name, TASKS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"unknown task {name!r}: known are {', '.join(TASKS)}{hint}")

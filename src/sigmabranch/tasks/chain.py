@@ -1,0 +1,281 @@
+"""The steps from data to a result; each writes its folder once and is skipped when it is complete.
+
+    folder/
+      task.json     all settings and the seed
+      dense/        the dense network          (checkpoint and metrics.csv while it trains)
+      converted/    the branched network before fine-tuning
+      branched/     the branched network after it
+      measured.json cost and accuracy of the three
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sigmabranch import files
+from sigmabranch.backbones import ResNet
+from sigmabranch.conversion import class_targets, convert
+from sigmabranch.data import Dataset, EpochBatches, Split, derive_seed, open_data
+from sigmabranch.errors import CheckpointError, DataError
+from sigmabranch.measure import evaluate, evaluate_dense
+from sigmabranch.net import SigmaBranchNet
+from sigmabranch.saving import load_dense, load_net, save_dense, save_net
+from sigmabranch.tasks.counting import count_net
+from sigmabranch.tasks.task import Task
+from sigmabranch.training import (
+    BranchedObjective,
+    DenseObjective,
+    Event,
+    FabricEngine,
+    Objective,
+    Recipe,
+    fit,
+)
+
+EVALUATION_BATCH = 250
+# Enough training samples to tell which leaf suits which class.
+CEILING_SAMPLES = 10_000
+
+
+class Stopped(Exception):
+    """A run ended early on request; its checkpoint holds the state."""
+
+    def __init__(self, reason: str, folder: Path) -> None:
+        super().__init__(f"{reason}; the same command continues from {folder}")
+
+
+class Chain:
+    """Train, convert, fine-tune and measure one task in one folder.
+
+    Args:
+        task: what to do.
+        folder: where to keep it.
+        data: folder of the data set, None for an embedded one.
+        seed: of initialisation, order, augmentation and conversion.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        max_minutes: stop cleanly after this long, all steps together.
+        resume: go on with what the folder holds; otherwise it must be new.
+        watch: called with (step name, :class:`~sigmabranch.training.Event`) while training.
+        calibrating: called with (what, samples done, samples in all) while converting.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        folder: Path | str,
+        *,
+        data: Path | str | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        max_minutes: float | None = None,
+        resume: bool = True,
+        watch: Callable[[str, Event], None] | None = None,
+        calibrating: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        self.task, self.folder, self.data, self.seed = task, Path(folder), data, seed
+        self.engine = FabricEngine(device)
+        self.resume, self.watch, self.calibrating = resume, watch, calibrating
+        self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self._claim_folder()
+
+    def _claim_folder(self) -> None:
+        """Refuse a folder that holds another task, other settings or another seed."""
+        settings = self._notes()
+        path = self.folder / "task.json"
+        if path.exists() and not self.resume:
+            raise CheckpointError(f"{self.folder} is in use: choose another --out or use --resume")
+        if path.exists():
+            difference = _first_difference(files.read_json(path), settings)
+            if difference:
+                raise CheckpointError(
+                    f"{self.folder} was made with other settings ({difference}): "
+                    "choose another --out or remove it"
+                )
+        elif self.engine.is_main:
+            files.write_json(path, settings)
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The task's data, checked against its network."""
+        spec = self.task.data
+        dataset = open_data(
+            spec.name,
+            self.data,
+            device=self.engine.device,
+            image_size=spec.image_size,
+            channels_last=True,
+        ).limit(train=spec.train_limit, test=spec.test_limit)
+        if dataset.classes != self.task.model.classes:
+            raise DataError(
+                f"{spec.name} has {dataset.classes} classes but the network's head has "
+                f"{self.task.model.classes}: set model.classes={dataset.classes}"
+            )
+        if dataset.shape[0] != self.task.model.in_channels:
+            raise DataError(
+                f"{spec.name} images have {dataset.shape[0]} channels, the network takes "
+                f"{self.task.model.in_channels}: set model.in_channels={dataset.shape[0]}"
+            )
+        return dataset
+
+    def dense(self) -> nn.Module:
+        """The trained dense network."""
+        folder = self.folder / "dense"
+        if not _complete(folder):
+            with seeded(self.seed):
+                model = ResNet(self.task.model)
+            self.train(model, self.task.dense, folder)
+            save_dense(model, folder, self._notes())
+        return load_dense(folder).to(self.engine.device)
+
+    def converted(self) -> SigmaBranchNet:
+        """The branched network as conversion leaves it."""
+        folder = self.folder / "converted"
+        if not _complete(folder):
+            net = convert(
+                self.dense(),
+                self.calibration(),
+                self.task.tree,
+                spec=replace(self.task.conversion, seed=self.seed),
+                progress=self.calibrating,
+            )
+            save_net(net, folder, self._notes())
+        return load_net(folder).to(self.engine.device)
+
+    def branched(self) -> SigmaBranchNet:
+        """The fine-tuned branched network."""
+        folder = self.folder / "branched"
+        if not _complete(folder):
+            net, recipe = self.converted(), self.task.finetune
+            teacher = self.dense() if recipe.distill_weight else None
+            objective = BranchedObjective(recipe, teacher, class_targets(net.record))
+            self._fit(net, objective, recipe, folder, evaluate)
+            save_net(net, folder, self._notes())
+        return load_net(folder).to(self.engine.device)
+
+    def train(self, model: nn.Module, recipe: Recipe, folder: Path) -> None:
+        """Train a plain network in place, keeping its checkpoint in ``folder``."""
+        self._fit(model, DenseObjective(recipe), recipe, folder, evaluate_dense)
+
+    def dense_accuracy(self) -> dict[str, Any]:
+        """Accuracy of the dense network on the test split."""
+        return evaluate_dense(self.dense(), ordered(self.dataset.test))
+
+    def measured(self) -> dict[str, Any]:
+        """Cost and accuracy of all three networks, from their test split."""
+        path = self.folder / "measured.json"
+        if not path.exists():
+            measured = {
+                "cost": count_net(self.branched().cpu(), self.task),
+                "dense": self.dense_accuracy(),
+                "converted": self.accuracy(self.converted()),
+                "branched": self.accuracy(self.branched()),
+            }
+            files.write_json(path, measured)
+        return files.read_json(path)
+
+    def accuracy(self, net: SigmaBranchNet) -> dict[str, Any]:
+        """All figures of one branched network; each class's best leaf is chosen on training data."""
+        known = Ordered(self.dataset.train, self._some_order()[:CEILING_SAMPLES])
+        class_leaf = evaluate(net, known)["best_leaf_of_class"]
+        return evaluate(net, ordered(self.dataset.test), class_leaf=class_leaf, seed=self.seed)
+
+    def calibration(self) -> Ordered:
+        """The training split without augmentation, in one random order."""
+        return Ordered(self.dataset.train, self._some_order())
+
+    def _some_order(self) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, 1))
+        return torch.randperm(len(self.dataset.train), generator=generator)
+
+    def _fit(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        recipe: Recipe,
+        folder: Path,
+        measure: Callable[..., dict[str, Any]],
+    ) -> None:
+        batches = EpochBatches(
+            self.dataset.train,
+            recipe.batch_size,
+            seed=derive_seed(self.seed, 2),
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
+        )
+        watch = self.watch
+        result = fit(
+            model,
+            objective,
+            batches,
+            recipe,
+            folder=folder,
+            engine=self.engine,
+            seed=self.seed,
+            identity=self._notes(),
+            evaluate=lambda trained: _curves(measure(trained, ordered(self.dataset.test))),
+            progress=None if watch is None else lambda event: watch(folder.name, event),
+            max_minutes=self._minutes_left(),
+        )
+        if not result.complete:
+            raise Stopped(result.reason, folder)
+
+    def _minutes_left(self) -> float | None:
+        if self.deadline is None:
+            return None
+        return max(0.0, (self.deadline - time.monotonic()) / 60)
+
+    def _notes(self) -> dict[str, Any]:
+        return {"task": self.task.to_dict(), "seed": self.seed}
+
+
+class Ordered:
+    """A split in a fixed order, as a loader that can be read again and again."""
+
+    def __init__(self, split: Split, order: Tensor) -> None:
+        self.split, self.order = split, order
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.split.batches(self.order, EVALUATION_BATCH)
+
+
+def ordered(split: Split) -> Ordered:
+    """All of a split in its own order, without augmentation."""
+    return Ordered(split, torch.arange(len(split)))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run a block under ``seed`` and leave the global generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _complete(folder: Path) -> bool:
+    return (folder / "manifest.json").exists()
+
+
+def _curves(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """What an epoch's record keeps of an evaluation: everything but the tables per class."""
+    tables = ("class_leaf_share", "best_leaf_of_class")
+    return {key: value for key, value in evaluation.items() if key not in tables}
+
+
+def _first_difference(old: Any, new: Any, where: str = "") -> str:
+    """The first setting that differs between two nested dictionaries, as text."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            found = _first_difference(old.get(key), new.get(key), f"{where}.{key}".strip("."))
+            if found:
+                return found
+        return ""
+    return "" if old == new else f"{where} is {old} there and {new} here"

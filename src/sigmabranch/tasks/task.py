@@ -1,0 +1,158 @@
+"""A task: data, network, tree and recipes under one name, as plain data."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from sigmabranch.backbones import ResNetSpec
+from sigmabranch.conversion import ConversionSpec
+from sigmabranch.errors import ConfigError
+from sigmabranch.training import FinetuneRecipe, Recipe
+from sigmabranch.tree import TreeSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSpec:
+    """Which data set a task reads, and how much of it.
+
+    Attributes:
+        name: see :data:`sigmabranch.data.DATA_NAMES`.
+        image_size: side in pixels where the data set leaves it free, else None.
+        train_limit, test_limit: at most so many samples, classes in proportion; None takes all.
+    """
+
+    name: str
+    image_size: int | None = None
+    train_limit: int | None = None
+    test_limit: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> DataSpec:
+        """Inverse of :meth:`to_dict`; unknown keys raise :class:`ConfigError`."""
+        unknown = set(value) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise ConfigError(f"unknown data key {sorted(unknown)[0]!r}")
+        return cls(**value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """Everything that ``sigmabranch run`` needs to know but the seed and the data's folder.
+
+    Attributes:
+        name: how the command line calls it.
+        summary: one line for a newcomer.
+        data: what it learns from.
+        model: the dense network.
+        tree: the branched network.
+        conversion: how clusters and channels are chosen.
+        dense: recipe of the dense network.
+        finetune: recipe of the branched network.
+    """
+
+    name: str
+    summary: str
+    data: DataSpec
+    model: ResNetSpec
+    tree: TreeSpec = field(default_factory=TreeSpec)
+    conversion: ConversionSpec = field(default_factory=ConversionSpec)
+    dense: Recipe = field(default_factory=Recipe)
+    finetune: FinetuneRecipe = field(default_factory=FinetuneRecipe)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; :meth:`from_dict` is its inverse."""
+        return {
+            "name": self.name,
+            "summary": self.summary,
+            **{name: getattr(self, name).to_dict() for name in SECTIONS},
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Task:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: a missing section, an unknown key or a wrong value.
+        """
+        try:
+            sections = {name: kind.from_dict(value[name]) for name, kind in SECTIONS.items()}
+            return cls(name=value["name"], summary=value["summary"], **sections)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"not a task: {error!r}") from error
+
+    def with_settings(self, settings: Iterable[str]) -> Task:
+        """This task with ``key=value`` settings applied, e.g. ``finetune.lr=0.05``.
+
+        The key is ``section.field``, or the field alone where only one section has it. The value
+        is JSON (``0.05``, ``true``, ``[1,2]``) or a plain word. ``tree.depth=N`` sets the
+        balanced tree of that depth.
+
+        Raises:
+            ConfigError: no such key, an ambiguous one, or a value that does not fit.
+        """
+        sections = {name: getattr(self, name).to_dict() for name in SECTIONS}
+        for setting in settings:
+            key, equals, text = setting.partition("=")
+            if not equals:
+                raise ConfigError(f"--set takes key=value, got {setting!r}")
+            section, name = _locate(key.strip())
+            if (section, name) == ("tree", "depth"):
+                sections["tree"]["leaves"] = TreeSpec.balanced(_integer(key, text)).leaves
+            else:
+                sections[section][name] = _parsed(text)
+        try:
+            changed = {name: kind.from_dict(sections[name]) for name, kind in SECTIONS.items()}
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"a --set value does not fit its field: {error}") from error
+        return replace(self, **changed)
+
+
+SECTIONS: Mapping[str, Any] = {
+    "data": DataSpec,
+    "model": ResNetSpec,
+    "tree": TreeSpec,
+    "conversion": ConversionSpec,
+    "dense": Recipe,
+    "finetune": FinetuneRecipe,
+}
+
+
+def setting_keys() -> list[str]:
+    """Every key that ``--set`` knows."""
+    keys = [f"{name}.{part.name}" for name, kind in SECTIONS.items() for part in fields(kind)]
+    return sorted([*keys, "tree.depth"])
+
+
+def _locate(key: str) -> tuple[str, str]:
+    known = setting_keys()
+    matches = [name for name in known if name == key or name.partition(".")[2] == key]
+    if len(matches) == 1:
+        section, _, name = matches[0].partition(".")
+        return section, name
+    if matches:
+        raise ConfigError(f"--set {key} is ambiguous: write {' or '.join(matches)}")
+    near = difflib.get_close_matches(key, [*known, *(n.partition(".")[2] for n in known)], n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "see --help for the sections"
+    raise ConfigError(f"--set knows no {key!r}: {hint}")
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text.strip()
+
+
+def _integer(key: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"--set {key} takes a whole number, got {text!r}") from None

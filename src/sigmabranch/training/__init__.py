@@ -1,0 +1,33 @@
+"""Training dense networks and fine-tuning branched ones, with one loop."""
+
+from sigmabranch.training.alarms import routing_alarms
+from sigmabranch.training.batches import Batches, LoaderBatches
+from sigmabranch.training.engine import Engine, FabricEngine, resolve_device
+from sigmabranch.training.events import Event, Progress
+from sigmabranch.training.logs import TensorBoardLog
+from sigmabranch.training.loop import FitResult, fit
+from sigmabranch.training.losses import LossTerms, branched_loss
+from sigmabranch.training.objectives import BranchedObjective, DenseObjective, Objective, StepOutput
+from sigmabranch.training.recipe import FinetuneRecipe, Recipe
+
+__all__ = [
+    "Batches",
+    "BranchedObjective",
+    "DenseObjective",
+    "Engine",
+    "Event",
+    "FabricEngine",
+    "FinetuneRecipe",
+    "FitResult",
+    "LoaderBatches",
+    "LossTerms",
+    "Objective",
+    "Progress",
+    "Recipe",
+    "StepOutput",
+    "TensorBoardLog",
+    "branched_loss",
+    "fit",
+    "resolve_device",
+    "routing_alarms",
+]

@@ -1,0 +1,156 @@
+"""What a training step minimises: a dense network's loss, or a branched one's.
+
+Shapes: B batch, L leaves, V classes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sigmabranch.errors import ConfigError
+from sigmabranch.training.engine import Engine
+from sigmabranch.training.losses import branched_loss, distillation
+from sigmabranch.training.recipe import FinetuneRecipe, Recipe
+
+
+class StepOutput(NamedTuple):
+    """What an objective makes of one batch.
+
+    Attributes:
+        loss: scalar with gradient.
+        metrics: scalars without gradient, the same names at every step.
+        leaf_prob: E[P_j] over the batch, (L,), when node gradients are to be scaled by it.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    leaf_prob: Tensor | None = None
+
+
+class Objective(Protocol):
+    """Turns a batch into a loss; ``entry`` names the method of the model that it calls."""
+
+    entry: str
+
+    def setup(self, engine: Engine) -> None:
+        """Move what the objective owns to the engine's device; called once before training."""
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> StepOutput:
+        """The loss of one batch, ``progress`` in [0, 1] being the share of training done."""
+
+
+class DenseObjective:
+    """Cross-entropy of a plain network, optionally mixed with imitation of a teacher.
+
+    Args:
+        recipe: label smoothing and distillation.
+        teacher: network whose logits (B, V) are imitated when ``recipe.distill_weight`` > 0.
+    """
+
+    entry = "forward"
+
+    def __init__(self, recipe: Recipe, teacher: nn.Module | None = None) -> None:
+        _check_teacher(recipe, teacher)
+        self.recipe = recipe
+        self.teacher = teacher if recipe.distill_weight else None
+
+    def setup(self, engine: Engine) -> None:
+        """Move the teacher to the engine's device, in evaluation mode."""
+        if self.teacher is not None:
+            self.teacher.to(engine.device).eval()
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> StepOutput:
+        """Loss and training accuracy of one batch."""
+        logits_BV = model(x).float()
+        loss = F.cross_entropy(logits_BV, y, label_smoothing=self.recipe.label_smoothing)
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_BV = self.teacher(x)
+            imitation = distillation(logits_BV, teacher_BV, self.recipe.distill_temperature).mean()
+            loss = torch.lerp(loss, imitation, self.recipe.distill_weight)
+        return StepOutput(loss, {"train_top1": percent(logits_BV.argmax(1) == y)})
+
+
+class BranchedObjective:
+    """Equations 5 to 8 on all leaves of a ``SigmaBranchNet`` (see :mod:`.losses`).
+
+    Args:
+        recipe: weights, temperatures and switches.
+        teacher: dense network to imitate when ``recipe.distill_weight`` > 0.
+        class_leaf: (V, L) leaf shares of each class, rows summing to one, needed with
+            ``recipe.class_target``.
+    """
+
+    entry = "soft"
+
+    def __init__(
+        self,
+        recipe: FinetuneRecipe,
+        teacher: nn.Module | None = None,
+        class_leaf: Tensor | None = None,
+    ) -> None:
+        _check_teacher(recipe, teacher)
+        if recipe.class_target and class_leaf is None:
+            raise ConfigError(
+                "recipe class_target needs a network converted with class clusters: "
+                "convert with them, or set class_target=false"
+            )
+        self.recipe = recipe
+        self.teacher = teacher if recipe.distill_weight else None
+        self.class_leaf = class_leaf
+        self.engine: Engine | None = None
+
+    def setup(self, engine: Engine) -> None:
+        """Move teacher and class targets to the engine's device."""
+        self.engine = engine if engine.world_size > 1 else None
+        if self.teacher is not None:
+            self.teacher.to(engine.device).eval()
+        if self.class_leaf is not None:
+            self.class_leaf = self.class_leaf.to(engine.device)
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> StepOutput:
+        """Loss, its terms, and how sharp routing and its target are on one batch."""
+        soft = model(x)
+        teacher_BV = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_BV = self.teacher(x)
+        terms = branched_loss(
+            soft,
+            y,
+            self.recipe,
+            progress=progress,
+            class_leaf=self.class_leaf,
+            teacher_logits=teacher_BV,
+            global_mean=self.engine.mean if self.engine else None,
+        )
+        with torch.no_grad():
+            prob_BL = soft[1].float().exp()
+            top_B, leaf_B = prob_BL.max(1)
+            chosen_BV = soft[0][torch.arange(len(y), device=y.device), leaf_B]
+            metrics = {
+                "cls": terms.cls,
+                "resp": terms.resp,
+                "balance_loss": terms.balance,
+                "distill": terms.distill,
+                "train_top1": percent(chosen_BV.argmax(1) == y),
+                "train_max_p": top_B.mean(),
+                "train_max_r": terms.responsibility.amax(1).mean(),
+            }
+            leaf_prob_L = prob_BL.mean(0) if self.recipe.node_grad_scale else None
+        present = {name: value for name, value in metrics.items() if value is not None}
+        return StepOutput(terms.total, present, leaf_prob_L)
+
+
+def percent(hit: Tensor) -> Tensor:
+    """Share of true entries, in percent, as a scalar tensor."""
+    return 100.0 * hit.float().mean()
+
+
+def _check_teacher(recipe: Recipe, teacher: nn.Module | None) -> None:
+    if recipe.distill_weight and teacher is None:
+        raise ConfigError("recipe distill_weight needs a teacher: give one, or set it to 0")

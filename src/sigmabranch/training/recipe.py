@@ -1,0 +1,185 @@
+"""How a network is trained, as plain data; the defaults are the paper's CIFAR-100 setting."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+from sigmabranch.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """One training run (paper, section IV-A).
+
+    Attributes:
+        epochs: passes over the training set.
+        batch_size: samples per batch and process.
+        accumulate: batches whose gradients are averaged into one optimizer step.
+        optimizer: ``"sgd"`` (Nesterov) or ``"adam"``.
+        lr: peak learning rate.
+        momentum: of SGD.
+        betas: of Adam.
+        weight_decay: L2 penalty.
+        decay_norm_and_bias: also decay parameters of fewer than two dimensions.
+        schedule: ``"cosine"`` to zero, ``"step"`` or ``"constant"``, after the warm-up.
+        warmup_epochs: epochs (a fraction is allowed) of linear warm-up from zero.
+        step_epochs: epochs between two drops of the ``"step"`` schedule.
+        step_factor: what each drop multiplies the learning rate by.
+        label_smoothing: of the classification loss.
+        clip_norm: largest gradient norm; 0 does not clip.
+        distill_weight: share of the classification loss that imitates the teacher instead.
+        distill_temperature: softening of teacher and student in that imitation.
+        precision: ``"bf16"`` runs the network under autocast; losses stay in fp32.
+        compile: run the training step through ``torch.compile``.
+        ema_decay: decay per step of an exponential moving average of the weights, which is then
+            what is evaluated and returned; 0 keeps none.
+        eval_every: epochs between evaluations; the last epoch is always evaluated.
+    """
+
+    epochs: int = 200
+    batch_size: int = 256
+    accumulate: int = 1
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 5e-4
+    decay_norm_and_bias: bool = False
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    warmup_epochs: float = 5.0
+    step_epochs: int = 20
+    step_factor: float = 0.7
+    label_smoothing: float = 0.1
+    clip_norm: float = 0.0
+    distill_weight: float = 0.0
+    distill_temperature: float = 4.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    ema_decay: float = 0.0
+    eval_every: int = 1
+
+    def __post_init__(self) -> None:
+        self._require("at least 1", 1, math.inf, "epochs", "batch_size", "accumulate")
+        self._require("at least 1", 1, math.inf, "step_epochs", "eval_every")
+        self._require("at least 0", 0, math.inf, "lr", "weight_decay", "warmup_epochs", "clip_norm")
+        self._require("in [0, 1]", 0, 1, "momentum", "label_smoothing", "distill_weight")
+        self._require("in [0, 1]", 0, 1, "step_factor", "ema_decay")
+        self._require("positive", math.ulp(0.0), math.inf, "distill_temperature")
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
+                raise ConfigError(
+                    f"recipe {name} is {getattr(self, name)!r}, "
+                    f"choose one of {', '.join(get_args(hint))}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; :meth:`from_dict` is its inverse."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Self:
+        """Inverse of :meth:`to_dict`; missing keys keep their defaults.
+
+        Raises:
+            ConfigError: an unknown key, or a value of the wrong type or range.
+        """
+        hints = get_type_hints(cls)
+        for name in value:
+            if name not in hints:
+                near = " or ".join(difflib.get_close_matches(name, hints, n=3))
+                hint = f"did you mean {near}?" if near else f"known: {', '.join(hints)}"
+                raise ConfigError(f"unknown recipe key {name!r}: {hint}")
+        return cls(**{name: _typed(name, item, hints[name]) for name, item in value.items()})
+
+    def _require(self, wording: str, low: float, high: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ConfigError(f"recipe {name} must be {wording}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneRecipe(Recipe):
+    """Fine-tuning of a branched network (paper, section III-D); the paper's setting by default.
+
+    Attributes:
+        resp_weight: λ of eq. 8 at the start.
+        resp_weight_end: λ at the end, reached linearly; None keeps it constant.
+        resp_temperature: τ of eq. 6 at the start. The larger, the more alike the leaves' targets.
+        resp_temperature_end: τ at the end, reached geometrically; None keeps it constant.
+        resp_prior: multiply the responsibility by the path probability, which makes it the
+            posterior of a hierarchical mixture of experts and keeps sharp routing sharp.
+        class_target: the responsibility is the leaf assigned to the true class, not eq. 6.
+        balance_weight: weight of the divergence of the batch's mean leaf usage from uniform.
+        node_grad_scale: divide each node's gradient by its expected path probability. Eq. 5
+            weights a leaf's loss by about 1/L, so without this a leaf takes steps L times smaller
+            than the same network would alone. Adam, which ignores scale, is hardly affected.
+    """
+
+    epochs: int = 60
+    resp_weight: float = 0.3
+    resp_weight_end: float | None = None
+    resp_temperature: float = 1.0
+    resp_temperature_end: float | None = None
+    resp_prior: bool = False
+    class_target: bool = False
+    balance_weight: float = 0.0
+    node_grad_scale: bool = False
+
+    def __post_init__(self) -> None:
+        # The zero-argument super() does not survive slots=True, which rebuilds the class.
+        Recipe.__post_init__(self)
+        self._require("at least 0", 0, math.inf, "resp_weight", "resp_weight_end", "balance_weight")
+        self._require(
+            "positive", math.ulp(0.0), math.inf, "resp_temperature", "resp_temperature_end"
+        )
+        if self.resp_prior and self.class_target:
+            raise ConfigError(
+                "recipe resp_prior and class_target both define the responsibility: choose one"
+            )
+
+    def resp_weight_at(self, progress: float) -> float:
+        """λ at ``progress`` in [0, 1]."""
+        end = self.resp_weight if self.resp_weight_end is None else self.resp_weight_end
+        return self.resp_weight + (end - self.resp_weight) * progress
+
+    def resp_temperature_at(self, progress: float) -> float:
+        """τ at ``progress`` in [0, 1]."""
+        if self.resp_temperature_end is None:
+            return self.resp_temperature
+        return (
+            self.resp_temperature * (self.resp_temperature_end / self.resp_temperature) ** progress
+        )
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """``value`` as the field's type; integers pass for floats, lists for tuples."""
+    if get_origin(hint) is Literal:
+        return value
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = get_args(hint)[0]
+    if get_origin(hint) is tuple:
+        parts = get_args(hint)
+        if isinstance(value, list | tuple) and len(value) == len(parts):
+            return tuple(_typed(name, v, part) for v, part in zip(value, parts, strict=True))
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is hint:
+        return value
+    wanted = getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"recipe {name} must be {wanted}, got {value!r}")
+
+
+def field_names(recipe: type[Recipe]) -> tuple[str, ...]:
+    """The keys that ``recipe`` accepts, in order of declaration."""
+    return tuple(field.name for field in fields(recipe))
