@@ -6,15 +6,19 @@ Shapes: B batch, L leaves, V classes, I inner nodes, K branches per inner node.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sigmabranch.archive import write_archive
 from sigmabranch.coupling import SlicePlan
 from sigmabranch.errors import ConfigError
 from sigmabranch.routing import Router, Routes
 from sigmabranch.tree import NodeId, TreeSpec, node_key
+
+RECORD = "record.json"
 
 
 class SoftOutput(NamedTuple):
@@ -86,9 +90,9 @@ class SigmaBranchNet(nn.Module):
 
     def soft(self, x: Tensor) -> SoftOutput:
         """Run every node once: the trunk, then each specializer, never once per leaf."""
-        features = {(): self.trunk(x)}
+        features: dict[NodeId, Any] = {(): self.trunk(x)}
         log_prob: dict[NodeId, Tensor] = {}
-        branches = []
+        branches: list[Tensor] = []
         for node in self.tree.inner:
             branch_log_prob_BK = self.router(node)(features[node])
             branches.append(branch_log_prob_BK)
@@ -138,6 +142,32 @@ class SigmaBranchNet(nn.Module):
             yield from self._descend(
                 child, self.specializer(child)(part), rows[chosen], log_prob[chosen]
             )
+
+    def save(self, folder: FilePath | str, notes: Mapping[str, Any] | None = None) -> None:
+        """Write the network into ``folder``; :func:`sigmabranch.load` reads it back.
+
+        Args:
+            folder: receives a manifest, the weights as safetensors, and the conversion record.
+            notes: anything JSON-able to keep in the manifest, such as the task.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        described = {
+            "kind": "branched",
+            "source": self.source,
+            "tree": self.tree.to_dict(),
+            "plans": {node_key(node): plan.to_dict() for node, plan in self.plans.items()},
+            "router_channels": {
+                node_key(node): self.router(node).channels for node in self.tree.inner
+            },
+            "notes": dict(notes or {}),
+        }
+        write_archive(folder, self.state_dict(), described, {RECORD: self.record})
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay must leave alone: it would pull every P towards uniform."""
+        return {f"routers.{node_key(node)}.gate.weight" for node in self.tree.inner}
 
     def path(self, leaf: NodeId) -> Path:
         """One path as a straight line, for counting and export (shares this net's modules).

@@ -82,9 +82,7 @@ class TreeSpec:
     @property
     def specializers(self) -> tuple[NodeId, ...]:
         """Every node but the trunk, level by level."""
-        return tuple(
-            sorted({*self.inner, *self.leaves} - {()}, key=lambda node: (len(node), node))
-        )
+        return tuple(sorted({*self.inner, *self.leaves} - {()}, key=lambda node: (len(node), node)))
 
     def parallel(self, level: int) -> int:
         """How many specializers exist side by side at ``level`` (short leaves reach down)."""

@@ -12,7 +12,15 @@ from sigmabranch.backbones.resnet import ResNet, ResNetSpec, build_resnet, resne
 from sigmabranch.backbones.timm import create_timm
 from sigmabranch.errors import CheckpointError, ConfigError
 
-__all__ = ["Backbone", "GlobalAveragePool", "Levels", "ResNet", "ResNetSpec", "as_backbone", "build"]
+__all__ = [
+    "Backbone",
+    "GlobalAveragePool",
+    "Levels",
+    "ResNet",
+    "ResNetSpec",
+    "as_backbone",
+    "build",
+]
 
 _ADAPTERS: tuple[Callable[[nn.Module], Backbone | None], ...] = (resnet_backbone,)
 _BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {

@@ -6,6 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ class GlobalAveragePool(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
 
     def forward(self, feature: Tensor) -> Tensor:
+        """(B, C, ...) → (B, C)."""
         return feature if feature.ndim == 2 else self.pool(feature).flatten(1)
 
 
@@ -75,9 +77,7 @@ class Backbone:
         bounds = [*starts, len(self.chain)]
         return Levels(
             trunk=self.chain[: starts[0]],
-            levels=tuple(
-                self.chain[start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
-            ),
+            levels=tuple(self.chain[start:stop] for start, stop in pairwise(bounds)),
         )
 
     def modules(self, paths: Iterable[str]) -> list[nn.Module]:

@@ -1,8 +1,8 @@
 """ResNets (He et al., 2016) with timm's parameter names, and where any ResNet may be cut.
 
-Bottlenecks are of the v1.5 kind: the stride sits in the 3×3 convolution, which the paper's operation
-counts require. Basic blocks, squeeze-and-excitation and grouped variants of timm and torchvision are
-cut by the same adapter, :func:`resnet_backbone`.
+Bottlenecks are of the v1.5 kind: the stride sits in the 3×3 convolution, which the paper's counts
+require. Basic blocks, squeeze-and-excitation and grouped variants of timm and torchvision are cut
+by the same adapter, :func:`resnet_backbone`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ class ResNetSpec:
         unknown = set(value) - set(cls.__dataclass_fields__)
         if unknown:
             raise ConfigError(f"unknown ResNet key {sorted(unknown)[0]!r}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+        fields: dict[str, Any] = {
+            key: tuple(item) if isinstance(item, list) else item for key, item in value.items()
+        }
+        return cls(**fields)
 
 
 class Bottleneck(nn.Module):
@@ -87,6 +90,7 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(inputs, outputs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C', H', W')."""
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.bn2(self.conv2(x)))
@@ -108,6 +112,7 @@ class BasicBlock(nn.Module):
         self.downsample = _shortcut(inputs, planes, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C', H', W')."""
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
@@ -141,6 +146,7 @@ class ResNet(nn.Module):
         self._initialise()
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) → (B, classes)."""
         for name in _chain(self):
             x = self.get_submodule(name)(x)
         return self.fc(self.global_pool(x))
@@ -184,6 +190,4 @@ def _chain(model: nn.Module) -> tuple[str, ...]:
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
     if inputs == outputs and stride == 1:
         return None
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-    )
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))

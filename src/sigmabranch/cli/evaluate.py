@@ -1,2 +1,37 @@
-def command() -> None:
-    """x"""
+"""``sigmabranch evaluate``: measure a saved network on its task's held-out split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from sigmabranch.archive import read_manifest
+from sigmabranch.cli import options
+from sigmabranch.cli.screen import print_result
+from sigmabranch.cli.source import read_source
+from sigmabranch.measure import evaluate, evaluate_dense
+from sigmabranch.report import accuracy_table
+from sigmabranch.saving import load_dense, load_net
+from sigmabranch.tasks import open_task_data, ordered
+from sigmabranch.training import resolve_device
+
+
+def command(
+    net: Annotated[Path, typer.Argument(help="Folder of a dense or branched network.")],
+    data: options.Data = None,
+    device: options.Device = "auto",
+    settings: options.Set = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure NET on the held-out split: accuracy, routing, and what the routing is worth."""
+    task, seed = read_source(net, None, settings)
+    where: torch.device = resolve_device(device)
+    batches = ordered(open_task_data(task, data, where).test)
+    if read_manifest(net)["kind"] == "dense":
+        accuracy = evaluate_dense(load_dense(net).to(where), batches)
+    else:
+        accuracy = evaluate(load_net(net).to(where), batches, seed=seed)
+    print_result(accuracy, accuracy_table(accuracy).to_text(), as_json)

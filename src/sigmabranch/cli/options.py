@@ -9,13 +9,20 @@ import typer
 
 Data: TypeAlias = Annotated[
     Path | None,
-    typer.Option(
-        help="Folder of the data set; the embedded ones need none.", show_default=False
-    ),
+    typer.Option(help="Folder of the data set; the embedded ones need none.", show_default=False),
 ]
 Out: TypeAlias = Annotated[
     Path | None,
     typer.Option(help="Folder for everything this command writes.", show_default="runs/NAME"),
+]
+OutBeside: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for everything this command writes.", show_default="beside the input"
+    ),
+]
+SameSeed: TypeAlias = Annotated[
+    int | None, typer.Option(help="Another seed than the input's.", min=0, show_default=False)
 ]
 Seed: TypeAlias = Annotated[
     int, typer.Option(help="Seed of initialisation, order, augmentation and clustering.", min=0)

@@ -18,27 +18,26 @@ def command(
     out: options.Out = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
-    set_: options.Set = None,
+    settings: options.Set = None,
     max_minutes: options.MaxMinutes = None,
     resume: options.Resume = True,
-    json: options.Json = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Train the dense network of TASK; `run` and `convert` continue from it."""
-    chosen = find_task(task).with_settings(set_ or ())
-    screen = Screen()
-    chain = Chain(
-        chosen,
-        out or Path("runs") / chosen.name,
-        data=data,
-        seed=seed,
-        device=device,
-        max_minutes=max_minutes,
-        resume=resume,
-        watch=screen.training,
-    )
-    with screen.live():
+    """Train the dense network of TASK; convert and run continue from it."""
+    chosen = find_task(task).with_settings(settings or ())
+    with Screen().live() as screen:
+        chain = Chain(
+            chosen,
+            out or Path("runs") / chosen.name,
+            data=data,
+            seed=seed,
+            device=device,
+            max_minutes=max_minutes,
+            resume=resume,
+            watch=screen.training,
+        )
         chain.dense()
         accuracy = chain.dense_accuracy()
     folder = chain.folder / "dense"
-    text = f"dense network: {accuracy['top1']:.2f} % top-1 on {accuracy['samples']} samples, {folder}"
-    print_result({"folder": str(folder), "dense": accuracy}, text, json)
+    text = f"{folder}: {accuracy['top1']:.2f} % top-1 on {accuracy['samples']:,} held-out samples"
+    print_result({"folder": str(folder), "dense": accuracy}, text, as_json)

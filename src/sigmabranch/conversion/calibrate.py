@@ -8,10 +8,11 @@ Shapes: B batch, C channels, K clusters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sigmabranch.conversion.cluster import Shards
 from sigmabranch.errors import ConfigError, DataError, NumericError
@@ -46,17 +47,15 @@ class ChannelSums:
 
     def __init__(self, clusters: int = 2) -> None:
         self.clusters = clusters
-        self.sum_KC: Tensor | None = None
-        self.size_K: Tensor | None = None
+        # Scalars take the shape and device of whatever is added to them.
+        self.sum_KC = torch.zeros(())
+        self.size_K = torch.zeros(())
 
     def add(self, pooled_BC: Tensor, cluster_B: Tensor) -> None:
         """Count each row of ``pooled_BC`` towards its cluster."""
         one_hot_BK = nn.functional.one_hot(cluster_B, self.clusters).double()
-        sum_KC = one_hot_BK.T @ pooled_BC.double()
-        size_K = one_hot_BK.sum(0)
-        first = self.sum_KC is None
-        self.sum_KC = sum_KC if first else self.sum_KC + sum_KC
-        self.size_K = size_K if first else self.size_K + size_K
+        self.sum_KC = self.sum_KC + one_hot_BK.T @ pooled_BC.double()
+        self.size_K = self.size_K + one_hot_BK.sum(0)
 
     def mean(self, shards: Shards, where: str) -> Tensor:
         """(K, C) float64 means over all processes.
@@ -70,9 +69,7 @@ class ChannelSums:
         return mean_KC
 
 
-def reestimate_norms(
-    modules: Sequence[nn.Module], run: Callable[[], None], shards: Shards
-) -> bool:
+def reestimate_norms(modules: Sequence[nn.Module], run: Callable[[], None], shards: Shards) -> bool:
     """Replace the running statistics of every batch norm by those of the data that ``run`` sends.
 
     Each statistic becomes the plain average over the batches seen; a norm that saw none keeps its
@@ -82,24 +79,26 @@ def reestimate_norms(
         norm
         for module in modules
         for norm in module.modules()
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats
+        if isinstance(norm, _BatchNorm) and norm.track_running_stats
     ]
-    kept = [(norm.momentum, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    kept = [(norm.momentum, {k: v.clone() for k, v in norm.named_buffers()}) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
         norm.train()
     run()
-    for norm, (momentum, mean, variance) in zip(norms, kept, strict=True):
-        _average(norm, mean, variance, shards)
+    for norm, (momentum, before) in zip(norms, kept, strict=True):
+        _average(norm, before, shards)
         norm.momentum = momentum
         norm.eval()
     return bool(norms)
 
 
-def _average(norm: nn.Module, mean: Tensor, variance: Tensor, shards: Shards) -> None:
-    batches = norm.num_batches_tracked.to(mean.dtype)
+def _average(norm: _BatchNorm, before: Mapping[str, Tensor], shards: Shards) -> None:
+    """Average the statistics over processes; without any batch, restore those from before."""
+    buffers = dict(norm.named_buffers())
+    batches = buffers["num_batches_tracked"].double()
     total = shards.sum(batches.clone())
-    for buffer, old in ((norm.running_mean, mean), (norm.running_var, variance)):
-        seen = shards.sum(buffer * batches)
-        buffer.copy_(seen / total if total > 0 else old)
+    for name in ("running_mean", "running_var"):
+        seen = shards.sum(buffers[name] * batches)
+        buffers[name].copy_(seen / total if total > 0 else before[name])

@@ -166,7 +166,7 @@ class _Rounds:
         """(R, K) added to the logits: what makes both halves equally large, or zero."""
         offset_RK = logit_NRK.new_zeros(logit_NRK.shape[1:])
         if self.balanced:
-            offset_RK[:, 0] = self._median((logit_NRK[..., 1] - logit_NRK[..., 0]))
+            offset_RK[:, 0] = self._median(logit_NRK[..., 1] - logit_NRK[..., 0])
         return offset_RK
 
     def _median(self, value_NR: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,14 @@ from torch import Tensor, nn
 from sigmabranch.backbones import Backbone, Levels
 from sigmabranch.conversion.record import NodeChannels
 from sigmabranch.conversion.select import top_units
-from sigmabranch.coupling import CouplingMap, SlicePlan, plan_slices, unit_scores_l1, verify_slice
+from sigmabranch.coupling import (
+    CouplingMap,
+    SlicePlan,
+    Space,
+    plan_slices,
+    unit_scores_l1,
+    verify_slice,
+)
 from sigmabranch.errors import ConversionError
 
 
@@ -31,7 +39,7 @@ class Cutter:
         self.state = backbone.model.state_dict()
         self.outputs = levels.outputs()
         spaces = [coupling.space_of_output(path).name for path in self.outputs]
-        for level, (before, after) in enumerate(zip(spaces[:-1], spaces[1:], strict=True)):
+        for level, (before, after) in enumerate(pairwise(spaces)):
             if before == after:
                 raise ConversionError(
                     f"{self.outputs[level + 1]} hands its input's channels through (an identity "
@@ -86,9 +94,9 @@ class Cutter:
             entry=entry,
         )
 
-    def _keep(self, lineage: Sequence[NodeChannels]) -> dict[str, Tensor]:
+    def _keep(self, lineage: Sequence[NodeChannels]) -> dict[Space | str, Tensor]:
         """Space → units kept."""
-        keep = {}
+        keep: dict[Space | str, Tensor] = {}
         for channels in lineage:
             unit_C = self.coupling.output_axis(channels.stage).units
             name = self.coupling.space_of_output(channels.stage).name

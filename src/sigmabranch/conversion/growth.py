@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class Growth:
         self.specializers: dict[NodeId, nn.Module] = {}
         self.routers: dict[NodeId, Router] = {}
         self.heads: dict[NodeId, nn.Module] = {}
-        self.plans = {(): self.cutter.plan([], self.levels.trunk)}
+        self.plans: dict[NodeId, SlicePlan] = {(): self.cutter.plan([], self.levels.trunk)}
 
     def nodes_at(self, depth: int) -> list[NodeId]:
         """The inner nodes at that depth."""
@@ -111,18 +112,16 @@ class Growth:
             self._set_gate(node)
 
     def _split(self, node: NodeId, latent_ND: Tensor, label_N: Tensor) -> Split:
-        options = {
-            "restarts": self.spec.restarts,
-            "centred": self.spec.centred,
-            "seed": self._seed(node),
-            "shards": self.shards,
-        }
+        cluster = partial(
+            spherical_kmeans,
+            restarts=self.spec.restarts,
+            centred=self.spec.centred,
+            seed=self._seed(node),
+        )
         if self.spec.clusters == "latents":
-            clusters = spherical_kmeans(latent_ND, balanced=self.spec.balanced, **options)
-            return Split.of(clusters)
+            return Split.of(cluster(latent_ND, balanced=self.spec.balanced, shards=self.shards))
         mean_VD, seen_V = self._class_means(latent_ND, label_N)
-        options["shards"] = Shards()  # every process holds the same class means
-        clusters = spherical_kmeans(mean_VD[seen_V], balanced=True, **options)
+        clusters = cluster(mean_VD[seen_V], balanced=True)
         class_branch_V = (mean_VD @ clusters.centroid.T + clusters.offset).argmax(1)
         sizes = self.shards.sum(torch.bincount(class_branch_V[label_N], minlength=2))
         return replace(
@@ -314,11 +313,10 @@ class Growth:
 
     # Walking the tree built so far.
 
-    def _entries(
-        self, x: Tensor, y: Tensor, depth: int
-    ) -> Iterator[tuple[NodeId, Tensor, Tensor]]:
+    def _entries(self, x: Tensor, y: Tensor, depth: int) -> Iterator[tuple[NodeId, Tensor, Tensor]]:
         """Which samples reach which node at ``depth``: (node, its input, rows of the batch)."""
-        frontier = [((), x, torch.arange(len(x), device=x.device))]
+        root: NodeId = ()
+        frontier = [(root, x, torch.arange(len(x), device=x.device))]
         for _ in range(depth):
             frontier = [
                 entry
@@ -360,6 +358,7 @@ class Growth:
         return table_V[label_B]
 
     def stream(self, what: str, samples: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The calibration data, with its progress told."""
         done = 0
         for x, y in stream(self.loader, samples, self.device):
             yield x, y
@@ -374,4 +373,5 @@ class Growth:
 
 
 def _positions(unit_C: Tensor, units: Sequence[int]) -> list[int]:
-    return torch.isin(unit_C.cpu(), torch.tensor(units, dtype=torch.int64)).nonzero().flatten().tolist()
+    chosen_C = torch.isin(unit_C.cpu(), torch.tensor(units, dtype=torch.int64))
+    return chosen_C.nonzero().flatten().tolist()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from sigmabranch.coupling.cut import Keep, dropped_units, plan_slices
 from sigmabranch.coupling.map import Axis, CouplingMap, Space
-from sigmabranch.coupling.plan import SlicePlan, fingerprint, plan_slices
+from sigmabranch.coupling.plan import SlicePlan, fingerprint
 from sigmabranch.coupling.scores import channel_mean_to_unit, unit_scores_l1
 from sigmabranch.coupling.trace import evaluating, trace
 from sigmabranch.coupling.verify import TOLERANCE, masked_state, verify_slice
@@ -12,9 +13,11 @@ __all__ = [
     "TOLERANCE",
     "Axis",
     "CouplingMap",
+    "Keep",
     "SlicePlan",
     "Space",
     "channel_mean_to_unit",
+    "dropped_units",
     "evaluating",
     "fingerprint",
     "masked_state",

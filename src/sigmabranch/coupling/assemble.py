@@ -60,7 +60,9 @@ def assemble(model: nn.Module, units: Units, findings: Findings) -> CouplingMap:
     aliases = _aliases(model)
     return CouplingMap(
         axes=_by_name(vectors, aliases),
-        roles={(alias, axis): roles[name, axis] for name, axis in vectors for alias in aliases[name]},
+        roles={
+            (alias, axis): roles[name, axis] for name, axis in vectors for alias in aliases[name]
+        },
         outputs={name: _output(name, found, number) for name, found in findings.watched.items()},
         fixed=number.reasons(fixed),
         inexact=number.reasons(findings.inexact),

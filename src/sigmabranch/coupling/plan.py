@@ -10,10 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from sigmabranch.coupling.map import CouplingMap, Space, is_under
+from sigmabranch.coupling.map import is_under
 from sigmabranch.errors import ConfigError, ConversionError
 
-Keep: TypeAlias = Mapping[Space | str, Tensor]
 Value: TypeAlias = int | tuple[int, ...]
 
 _SCHEMA = 1
@@ -138,7 +137,7 @@ class SlicePlan:
         try:
             return cls(
                 keep={
-                    name: {int(axis): _positions(index) for axis, index in axes.items()}
+                    name: {_natural(int(axis)): _positions(index) for axis, index in axes.items()}
                     for name, axes in value["keep"].items()
                 },
                 edits={
@@ -176,57 +175,6 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     """SHA-256 of the names, shapes and types of the tensors in ``state``, not of their values."""
     lines = sorted(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in state.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def plan_slices(model: nn.Module, coupling: CouplingMap, keep: Keep) -> SlicePlan:
-    """The plan that keeps the given units.
-
-    Args:
-        model: the network that was traced.
-        coupling: its map.
-        keep: space (or its name) -> int64 ids of the units to keep, in any order. Spaces that are
-            not mentioned are kept whole.
-
-    Raises:
-        ConversionError: a unit is foreign or cannot be dropped, or nothing would be left.
-    """
-    dropped = dropped_units(coupling, keep)
-    positions: dict[str, dict[int, Tensor]] = {}
-    for name, axes in coupling.axes.items():
-        for axis, units in axes.items():
-            stays = ~torch.isin(units, dropped)
-            if not bool(stays.any()):
-                raise ConversionError(f"nothing is left of {name} along axis {axis}: keep some")
-            if not bool(stays.all()):
-                positions.setdefault(name, {})[axis] = stays.nonzero().flatten()
-    return SlicePlan(
-        keep=positions,
-        edits=dict(_edits(model, positions)),
-        source=fingerprint(model.state_dict()),
-    )
-
-
-def dropped_units(coupling: CouplingMap, keep: Keep) -> Tensor:
-    """The units that ``keep`` leaves out, int64 ascending.
-
-    Raises:
-        ConversionError: a unit is foreign to its space, or one that is fixed would be dropped.
-    """
-    dropped = [torch.empty(0, dtype=torch.int64)]
-    for chosen, units in keep.items():
-        space = chosen if isinstance(chosen, Space) else coupling.space(chosen)
-        units = units.cpu()
-        foreign = units[~torch.isin(units, space.units)]
-        if len(foreign):
-            raise ConversionError(f"unit {int(foreign[0])} is not one of {space.name}")
-        gone = space.units[~torch.isin(space.units, units)]
-        for unit in gone.tolist():
-            if unit in coupling.fixed:
-                raise ConversionError(
-                    f"channels of {space.name} cannot be dropped: {coupling.fixed[unit]}"
-                )
-        dropped.append(gone)
-    return torch.unique(torch.cat(dropped))
 
 
 # -- applying ------------------------------------------------------------------------------------
@@ -270,61 +218,11 @@ def _submodule(root: nn.Module, path: str) -> nn.Module:
         raise ConversionError(f"the plan edits module {path}, which the network lacks") from None
 
 
-# -- attributes that name sizes ------------------------------------------------------------------
-
-
-def _edits(
-    model: nn.Module, positions: Mapping[str, Mapping[int, Tensor]]
-) -> Iterator[tuple[str, dict[str, Value]]]:
-    for path, module in model.named_modules(remove_duplicate=False):
-        name = f"{path}.weight" if path else "weight"
-        if name in positions:
-            kept = {axis: len(index) for axis, index in positions[name].items()}
-            shape = [kept.get(axis, size) for axis, size in enumerate(module.weight.shape)]
-            edit = _new_attributes(module, shape, path)
-            if edit:
-                yield path, edit
-
-
-def _new_attributes(module: nn.Module, shape: list[int], path: str) -> dict[str, Value]:
-    """The size attributes of ``module`` that change when its weight gets ``shape``."""
-    values: dict[str, Value] = {}
-    if isinstance(module, nn.modules.conv._ConvNd):
-        values = _convolution_attributes(module, shape)
-    elif isinstance(module, nn.Linear):
-        values = {"in_features": shape[1], "out_features": shape[0]}
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        values = {"num_features": shape[0]}
-    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        values = {"normalized_shape": tuple(shape)}
-    elif isinstance(module, nn.GroupNorm):
-        values = {"num_channels": shape[0]}
-    elif isinstance(module, nn.Embedding):
-        values = {"embedding_dim": shape[1]}
-    elif isinstance(module, nn.PReLU):
-        values = {"num_parameters": shape[0]}
-    return {key: value for key, value in values.items() if getattr(module, key) != value}
-
-
-def _convolution_attributes(module: nn.modules.conv._ConvNd, shape: list[int]) -> dict[str, Value]:
-    rows, columns = (shape[1], shape[0]) if module.transposed else (shape[0], shape[1])
-    depthwise = 1 < module.groups == module.in_channels
-    multiplier = module.out_channels // module.groups
-    groups = rows // multiplier if depthwise else module.groups
-    return {
-        "in_channels": groups if depthwise else columns * module.groups,
-        "out_channels": rows,
-        "groups": groups,
-    }
-
-
 # -- reading -------------------------------------------------------------------------------------
 
 
 def _positions(index: Any) -> Tensor:
-    if not all(type(position) is int and position >= 0 for position in index):
-        raise ValueError("positions must be integers from 0 up")
-    positions = torch.tensor(index, dtype=torch.int64)
+    positions = torch.tensor([_natural(position) for position in index], dtype=torch.int64)
     if bool((positions.diff() <= 0).any()):
         raise ValueError("positions must ascend")
     return positions
@@ -333,7 +231,13 @@ def _positions(index: Any) -> Tensor:
 def _attribute(name: str, value: Any) -> Value:
     if name not in _ATTRIBUTES:
         raise ValueError(f"unknown module attribute {name!r}")
-    return tuple(int(item) for item in value) if isinstance(value, list) else int(value)
+    return tuple(map(_natural, value)) if isinstance(value, list) else _natural(value)
+
+
+def _natural(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"expected an integer from 0 up, got {value!r}")
+    return value
 
 
 _ATTRIBUTES = {

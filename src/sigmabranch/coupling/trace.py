@@ -3,8 +3,8 @@
 An integer label rides along every element of every activation: the id of the unit it belongs to.
 Shape operations act on the labels as on the values; elementwise operations declare the labels of
 their operands equal; convolutions and linear layers tie a weight's columns to the labels they read
-and its rows to new ones. What each operation does is in :mod:`sigmabranch.coupling.rules`; an
-operation without a rule that meets a label is refused.
+and its rows to new ones. What each operation does is in :mod:`sigmabranch.coupling.rules` and
+:mod:`sigmabranch.coupling.layers`; an operation without a rule that meets a label is refused.
 
 The model's input carries no labels: its channels are not ours to drop.
 """
@@ -13,22 +13,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sigmabranch.coupling import layers, rules  # noqa: F401 (importing them registers the rules)
 from sigmabranch.coupling.assemble import Findings, assemble, model_tensor
+from sigmabranch.coupling.calls import Call, find_rule
 from sigmabranch.coupling.map import CouplingMap, Role
-from sigmabranch.coupling.rules import Call, find_rule
 from sigmabranch.coupling.units import Units, distinct, varying
 from sigmabranch.errors import ConversionError, UnsupportedOperation
 
-# Labels live on the tensor object itself, so they die with it and no recycled id() can lie.
-_LABELS = "_sigmabranch_labels"
-_WEIGHT = "_sigmabranch_weight"
+# Marks live on the tensor object itself, so they die with it and no recycled id() can lie.
+_MARK = "_sigmabranch_mark"
+
+#: A parameter or buffer by name, and which of its axes each dimension is.
+Weight: TypeAlias = tuple[str, tuple[int, ...]]
+
+
+@dataclass(slots=True)
+class _Mark:
+    """What is known of one tensor; ``owner`` tells this trace from an earlier one."""
+
+    owner: Units
+    labels: Tensor | None = None
+    weight: Weight | None = None
 
 
 def trace(
@@ -82,7 +95,7 @@ class Tracer(TorchDispatchMode):
     def __init__(self, model: nn.Module, watch: Sequence[str] = ()) -> None:
         super().__init__()
         self.units = Units()
-        self.findings = Findings(watched={name: None for name in watch})
+        self.findings = Findings(watched=dict.fromkeys(watch))
         self._model = model
         self._path: list[str] = []
         # Keyed by identity: the model keeps these tensors alive, so no id is reused.
@@ -143,7 +156,7 @@ class Tracer(TorchDispatchMode):
 
     def _output_labels(self, output: Any) -> list[tuple[Tensor | None, torch.Size]]:
         tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-        return [(getattr(tensor, _LABELS, None), tensor.shape) for tensor in tensors]
+        return [(self._mark_of(tensor).labels, tensor.shape) for tensor in tensors]
 
     def fix_output(self, output: Any) -> None:
         """Units that reach the model's output must stay."""
@@ -155,7 +168,7 @@ class Tracer(TorchDispatchMode):
 
     def labels(self, tensor: Tensor) -> Tensor:
         """Compact labels of ``tensor``; a parameter met for the first time gets new units."""
-        labels = getattr(tensor, _LABELS, None)
+        labels = self._mark_of(tensor).labels
         if labels is None:
             weight = self.weight(tensor)
             if weight is None:
@@ -163,9 +176,13 @@ class Tracer(TorchDispatchMode):
             labels = self._parameter_labels(weight)
         return self.units.compact(labels)
 
+    def _mark_of(self, tensor: Tensor) -> _Mark:
+        mark: _Mark | None = getattr(tensor, _MARK, None)
+        return mark if mark is not None and mark.owner is self.units else _Mark(self.units)
+
     def is_marked(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` has labels of its own."""
-        return hasattr(tensor, _LABELS)
+        return self._mark_of(tensor).labels is not None
 
     def is_new(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` is a parameter or buffer that no operation has used yet."""
@@ -176,11 +193,14 @@ class Tracer(TorchDispatchMode):
 
     def mark(self, tensor: Tensor, labels: Tensor) -> None:
         """Give ``tensor`` the labels, broadcast to its shape."""
+        if id(tensor) in self._names:
+            raise UnsupportedOperation(
+                f"tensor {self._names[id(tensor)]} is changed in place in {self.path}: its "
+                "channels cannot be followed; make the forward leave parameters and buffers alone"
+            )
         labels = self.units.compact(labels)
-        if bool((labels > 0).any()):
-            setattr(tensor, _LABELS, labels)
-        elif hasattr(tensor, _LABELS):
-            delattr(tensor, _LABELS)
+        known = labels if bool((labels > 0).any()) else None
+        setattr(tensor, _MARK, _Mark(self.units, labels=known))
 
     def unite(self, a: Tensor, b: Tensor) -> Tensor:
         """Declare two broadcastable labels equal and return them.
@@ -226,21 +246,21 @@ class Tracer(TorchDispatchMode):
 
     # -- labels of parameters ----------------------------------------------------------------
 
-    def weight(self, tensor: Tensor) -> tuple[str, tuple[int, ...]] | None:
+    def weight(self, tensor: Tensor) -> Weight | None:
         """The parameter or buffer that ``tensor`` is, up to a permutation of its axes."""
         name = self._names.get(id(tensor))
         if name is None:
-            return getattr(tensor, _WEIGHT, None)
+            return self._mark_of(tensor).weight
         # Integers index and count, single numbers scale everything: neither has channels.
-        if not tensor.is_floating_point() or tensor.numel() < 2:
+        if not tensor.is_floating_point() or (tensor.ndim < 2 and tensor.numel() < 2):
             return None
         return name, tuple(range(tensor.ndim))
 
-    def mark_weight(self, tensor: Tensor, name: str, axes: tuple[int, ...]) -> None:
-        """``tensor`` is the parameter ``name`` with its axes in the order ``axes``."""
-        setattr(tensor, _WEIGHT, (name, axes))
+    def mark_weight(self, tensor: Tensor, weight: Weight) -> None:
+        """``tensor`` is a parameter or buffer with its axes in another order."""
+        setattr(tensor, _MARK, _Mark(self.units, weight=weight))
 
-    def bind(self, weight: tuple[str, tuple[int, ...]], dim: int, ids: Tensor, role: Role) -> None:
+    def bind(self, weight: Weight, dim: int, ids: Tensor, role: Role) -> None:
         """Tie the axis of a layer's weight to the units it makes or reads."""
         name, axes = weight
         known = self.findings.weights.setdefault(name, {})
@@ -263,9 +283,7 @@ class Tracer(TorchDispatchMode):
         else:
             self._adopt(weight, labels, role)
 
-    def _adopt(
-        self, weight: tuple[str, tuple[int, ...]], labels: Tensor, role: Role = "scales"
-    ) -> None:
+    def _adopt(self, weight: Weight, labels: Tensor, role: Role = "scales") -> None:
         name, axes = weight
         if name in self.findings.weights:
             self._refuse_mixed(name)
@@ -273,7 +291,7 @@ class Tracer(TorchDispatchMode):
         self.findings.elements[name] = self.units.compact(labels).permute(inverse)
         self.findings.element_roles[name] = role
 
-    def _parameter_labels(self, weight: tuple[str, tuple[int, ...]]) -> Tensor:
+    def _parameter_labels(self, weight: Weight) -> Tensor:
         name, axes = weight
         if name not in self.findings.elements:
             tensor = model_tensor(self._model, name)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sigmabranch.coupling.cut import Keep, dropped_units
 from sigmabranch.coupling.map import Axis, CouplingMap
-from sigmabranch.coupling.plan import Keep, dropped_units
 from sigmabranch.coupling.trace import evaluating
 from sigmabranch.errors import ConversionError
 
@@ -119,8 +119,8 @@ def _run_masked(
 def _run_sliced(sliced: nn.Module, feature: Any, where: str) -> Any:
     try:
         return _precise(sliced)(feature)
-    except (RuntimeError, ValueError, IndexError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # the forward is foreign code and may fail in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConversionError(
             f"sliced {where} does not run ({reason}): a size is written into its forward"
         ) from error
@@ -160,16 +160,17 @@ def _gather(tensor: Tensor, dim: int, gone: Tensor) -> Tensor:
 
 
 def _relative_error(found: Any, expected: Any, where: str) -> float:
-    worst = 0.0
-    pairs = zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True)
-    for ours, theirs in pairs:
+    errors: list[Tensor] = []
+    if pytree.tree_structure(found) != pytree.tree_structure(expected):
+        raise ConversionError(f"sliced {where} returns another structure than the dense section")
+    for ours, theirs in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
         if not isinstance(theirs, Tensor):
             continue
         if ours.shape != theirs.shape:
             raise ConversionError(
                 f"sliced {where} returns shape {tuple(ours.shape)}, expected {tuple(theirs.shape)}"
             )
-        difference = float((ours - theirs).abs().max())
-        scale = float(theirs.abs().max())
-        worst = max(worst, difference / scale if scale else difference)
-    return worst
+        difference, scale = (ours - theirs).double().abs().max(), theirs.double().abs().max()
+        errors.append(difference / scale if scale else difference)
+    # Tensor maximum, because Python's would drop a NaN.
+    return float(torch.stack(errors).max()) if errors else 0.0

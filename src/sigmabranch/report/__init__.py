@@ -14,6 +14,20 @@ for _package in ("matplotlib", "jinja2"):
         raise MissingDependency(_package, "report", "Drawing the report")
 
 from sigmabranch.report.page import Run, write_report  # noqa: E402
-from sigmabranch.report.tables import Table, comparison, node_table  # noqa: E402
+from sigmabranch.report.tables import (  # noqa: E402
+    Table,
+    accuracy_table,
+    comparison,
+    cost_table,
+    node_table,
+)
 
-__all__ = ["Run", "Table", "comparison", "node_table", "write_report"]
+__all__ = [
+    "Run",
+    "Table",
+    "accuracy_table",
+    "comparison",
+    "cost_table",
+    "node_table",
+    "write_report",
+]

@@ -15,12 +15,18 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from sigmabranch.files import atomic_write
 from sigmabranch.report import figures, style
-from sigmabranch.report.tables import Table, comparison, node_table, percent, signed_points
-from sigmabranch.report.tree_figure import tree_figure
+from sigmabranch.report.tables import (
+    Table,
+    change_percent,
+    comparison,
+    node_table,
+    percent,
+    short,
+    signed_points,
+)
 
 _INKS = {style.INK: "ink", style.MUTED: "muted", style.RULE: "rule", style.PAPER: "paper"}
 
@@ -82,7 +88,10 @@ def write_report(run: Run, folder: Path | str) -> Path:
         _, svg = style.save_figure(draw(), folder / "figures" / name)
         pictures.append((caption, _inline(svg.read_text(encoding="utf-8"), name, caption)))
     page = folder / "report.html"
-    for path, text in ((folder / "table.md", run.table.to_markdown()), (page, _page(run, pictures))):
+    for path, text in (
+        (folder / "table.md", run.table.to_markdown()),
+        (page, _page(run, pictures)),
+    ):
         with atomic_write(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return page
@@ -95,7 +104,7 @@ def _pictures(run: Run) -> dict[str, tuple[str, Any]]:
         "tree": (
             "The trunk runs for every input, then one box per level. The router at the end of each "
             "box chooses the next.",
-            partial(tree_figure, run.cost, run.usage),
+            partial(figures.tree_figure, run.cost, run.usage),
         ),
         "classes": (
             "Share of each class that each leaf receives; under the leaf's name, its share of all "
@@ -140,15 +149,17 @@ def _page(run: Run, pictures: Iterable[tuple[str, str]]) -> str:
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
     """(big figure, its name, what it is compared with): the run in four glances."""
-    dense, net = run.cost["dense"], run.cost["net"]
-    saved, top1 = run.cost["reduction_percent"], run.evaluation["top1"]
+    dense, net, top1 = run.cost["dense"], run.cost["net"], run.evaluation["top1"]
     tiles = [
         (
-            f"−{saved['active_params']:.1f}%",
-            "parameters per input",
-            f"{net['active_params']:,} of {dense['params']:,}",
-        ),
-        (f"−{saved['macs']:.1f}%", "MACs per input", f"{net['macs']:,} of {dense['macs']:,}"),
+            change_percent(before, after),
+            name,
+            f"{short(after)}, dense {short(before)}",
+        )
+        for name, before, after in (
+            ("parameters run", dense["params"], net["active_params"]),
+            ("MACs per input", dense["macs"], net["macs"]),
+        )
     ]
     if run.dense_evaluation:
         before = run.dense_evaluation["top1"]

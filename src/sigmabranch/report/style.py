@@ -77,10 +77,17 @@ def leaf_colours(leaves: int) -> list[str]:
     return [to_hex(_LEAVES(leaf / max(leaves - 1, 1))) for leaf in range(leaves)]
 
 
-def ink_on(colour: tuple[float, float, float]) -> str:
-    """White or near-black, whichever reads better on an opaque ``colour``."""
+def ink_on(colour: Sequence[float], opacity: float) -> str:
+    """A text colour that reads on ``colour`` laid over the paper, be that light or dark.
+
+    Where the paper shines through it is :data:`INK`, which follows the paper; on a full deep
+    colour white, on a full light one near-black.
+    """
     red, green, blue = (channel**2.2 for channel in colour)
-    return "#ffffff" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.25 else "#101319"
+    deep = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.25
+    if opacity < (0.55 if deep else 0.7):
+        return INK
+    return "#ffffff" if deep else "#101319"
 
 
 def bare(axes: Axes) -> None:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, TypeAlias
 
-NOTHING = "–"
+NOTHING, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+
+Show: TypeAlias = Callable[[float], str]
+Change: TypeAlias = Callable[[float, float], str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,57 +95,69 @@ def comparison(
         cost: from :func:`sigmabranch.measure.cost`, with ``dense`` and ``net``.
         dense: evaluation of the dense network; its accuracy cells stay empty if None.
         branched: evaluation of the branched network.
-        controls: name → ``params``, ``macs`` and ``top1`` of a network trained for comparison.
+        controls: name → ``params``, ``macs``, ``top1`` and other values of
+            networks trained for comparison; cells without a value stay empty.
     """
-    controls = controls or {}
     theirs, ours = cost["dense"], cost["net"]
-    dense = dense or {}
+    runs = {
+        "dense": _values(theirs["params"], theirs["params"], theirs["macs"], dense or {}),
+        **{
+            name: _values(control["params"], control["params"], control.get("macs"), control)
+            for name, control in (controls or {}).items()
+        },
+        "branched": _values(ours["total_params"], ours["active_params"], ours["macs"], branched),
+    }
+    first, last = runs["dense"], runs["branched"]
 
-    def row(
-        name: str, show: Any, before: Any, after: Any, key: str = "", change: str | None = None
-    ) -> tuple[str, ...]:
-        middle = [_cell(show, control.get(key)) for control in controls.values()]
-        if change is None:
-            change = _change(before, after)
-        return (name, _cell(show, before), *middle, _cell(show, after), change)
+    def row(name: str, key: str, show: Show, change: Change | None = None) -> tuple[str, ...]:
+        cells = [_cell(show, run.get(key)) for run in runs.values()]
+        both = change and first.get(key) is not None and last.get(key) is not None
+        return (name, *cells, change(first[key], last[key]) if change and both else NOTHING)
 
-    def points(name: str, key: str) -> tuple[str, ...]:
-        before, after = dense.get(key), branched[key]
-        change = NOTHING if before is None else f"{_signed(after - before)} pp"
-        return row(name, percent, before, after, key, change)
-
-    size = (
-        row("Parameters stored", count, theirs["params"], ours["total_params"], "params"),
-        row("Parameters run per input", count, theirs["params"], ours["active_params"], "params"),
-        row("MACs per input", count, theirs["macs"], ours["macs"], "macs"),
-        *(
-            row(f"Weights read per input, as {kind}", megabytes, theirs["bytes"][kind], path)
-            for kind, path in ours["bytes_per_path"].items()
-            if kind != "fp16"
-        ),
-    )
-    accuracy = (points("Top-1", "top1"), points("Top-5", "top5"))
-
-    def routed(name: str, show: Any, key: str) -> tuple[str, ...]:
-        return row(name, show, None, branched.get(key), change=NOTHING)
-
-    routing = (
-        routed("Top-1, all leaves weighted by P", percent, "soft_top1"),
-        routed("Top-1, mean single leaf", percent, "mean_leaf"),
-        routed("Top-1, routes shuffled over the inputs", percent, "shuffled_routes"),
-        routed("Routing gain over shuffled routes", signed_points, "routing_gain"),
-        routed("Top-1, best leaf of the true class", percent, "leaf_by_class"),
-        routed("Top-1, best leaf of each input (oracle)", percent, "oracle_leaf"),
-        routed("Balance of the leaves (1 = even)", fraction, "balance"),
-        routed("Mean max P of a leaf", fraction, "mean_max_p"),
-        routed("Agreement of two leaves", fraction, "agreement"),
-        routed("Information leaf–class (1 = all)", fraction, "leaf_class_mi"),
-    )
     return Table(
-        header=("", "dense", *controls, "branched", "change"),
-        groups=(("Size", size), ("Accuracy", accuracy), ("Routing", routing)),
+        header=("", *runs, "change"),
+        groups=tuple(
+            (heading, tuple(row(*specification) for specification in rows))
+            for heading, rows in _COMPARED
+        ),
         notes=(_sampling_note(branched), *_ceiling_note(branched), cost["convention"]),
     )
+
+
+def cost_table(cost: Mapping[str, Any]) -> Table:
+    """Sizes and operations alone: dense against branched, node by node below."""
+    return Table(
+        header=("", "dense", "branched, stored", "branched, one path"),
+        groups=(("", tuple(_cost_rows(cost["dense"], cost["net"]))),),
+        notes=(cost["convention"],),
+    )
+
+
+def _cost_rows(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    yield (
+        "parameters",
+        *map(count, (theirs["params"], ours["total_params"], ours["active_params"])),
+    )
+    for name, dtype in (("fp32", "fp32"), ("fp16", "fp16"), ("int8", "int8")):
+        sizes = (theirs["bytes"], ours["bytes_total"], ours["bytes_per_path"])
+        yield (f"MB as {name}", *(megabytes(size[dtype]) for size in sizes))
+    yield ("MACs", *map(count, (theirs["macs"], ours["soft_macs"], ours["macs"])))
+
+
+def accuracy_table(evaluation: Mapping[str, Any]) -> Table:
+    """One network's evaluation, figure by figure; tables per class are left out."""
+    rows = tuple(
+        (name.replace("_", " "), _plain(value))
+        for name, value in evaluation.items()
+        if name not in ("class_leaf_share", "best_leaf_of_class")
+    )
+    return Table(header=("", "value"), groups=(("", rows),))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return "  ".join(map(_plain, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def node_table(cost: Mapping[str, Any], usage: Mapping[str, float] | None = None) -> Table:
@@ -164,7 +179,13 @@ def node_table(cost: Mapping[str, Any], usage: Mapping[str, float] | None = None
         )
         for row in cost["nodes"]
     )
-    total = ("all nodes", "", count(cost["net"]["total_params"]), count(cost["net"]["soft_macs"]), "")
+    total = (
+        "all nodes",
+        "",
+        count(cost["net"]["total_params"]),
+        count(cost["net"]["soft_macs"]),
+        "",
+    )
     path = ("one path", "", count(cost["net"]["active_params"]), count(cost["net"]["macs"]), "")
     return Table(
         header=("node", "channels", "parameters", "MACs", "inputs"),
@@ -178,6 +199,14 @@ def count(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def short(value: float) -> str:
+    """1234567 → "1.23 M"."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g} {unit}"
+    return f"{value:.0f}"
+
+
 def percent(value: float) -> str:
     """Already in percent: 76.923 → "76.92%"."""
     return f"{value:.2f}%"
@@ -186,6 +215,16 @@ def percent(value: float) -> str:
 def signed_points(value: float) -> str:
     """Percentage points: -0.071 → "−0.07 pp"."""
     return f"{_signed(value)} pp"
+
+
+def change_percent(before: float, after: float) -> str:
+    """From 200 to 150: "−25.0%"."""
+    return f"{_signed(100 * (after / before - 1), 1)}%"
+
+
+def change_points(before: float, after: float) -> str:
+    """From 76.99 to 76.92: "−0.07 pp"."""
+    return signed_points(after - before)
 
 
 def fraction(value: float) -> str:
@@ -198,17 +237,56 @@ def megabytes(value: float) -> str:
     return f"{value / 1e6:,.2f} MB" if value >= 1e6 else f"{value / 1e3:,.1f} kB"
 
 
-def _cell(show: Any, value: Any) -> str:
+# Heading → (name, key, how to show it, how to compare it).
+_COMPARED: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    (
+        "Size",
+        (
+            ("Parameters stored", "stored", count, change_percent),
+            ("Parameters run per input", "run", count, change_percent),
+            ("MACs per input", "macs", count, change_percent),
+            ("Weights read per input, as fp32", "fp32", megabytes, change_percent),
+            ("Weights read per input, as int8", "int8", megabytes, change_percent),
+        ),
+    ),
+    (
+        "Accuracy",
+        (
+            ("Top-1", "top1", percent, change_points),
+            ("Top-5", "top5", percent, change_points),
+        ),
+    ),
+    (
+        "Routing",
+        (
+            ("Top-1, all leaves weighted by P", "soft_top1", percent),
+            ("Top-1, mean single leaf", "mean_leaf", percent),
+            ("Top-1, routes shuffled over the inputs", "shuffled_routes", percent),
+            ("Routing gain over shuffled routes", "routing_gain", signed_points),
+            ("Top-1, best leaf of the true class", "leaf_by_class", percent),
+            ("Top-1, best leaf of each input (oracle)", "oracle_leaf", percent),
+            ("Balance of the leaves (1 = even)", "balance", fraction),
+            ("Mean max P of a leaf", "mean_max_p", fraction),
+            ("Agreement of two leaves", "agreement", fraction),
+            ("Class information in the leaf (1 = all)", "leaf_class_mi", fraction),
+        ),
+    ),
+)
+
+
+def _values(
+    stored: int, run: int, macs: int | None, evaluation: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {**evaluation, "stored": stored, "run": run, "macs": macs, "fp32": 4 * run, "int8": run}
+
+
+def _cell(show: Show, value: Any) -> str:
     return NOTHING if value is None else show(value)
 
 
-def _change(before: float, after: float) -> str:
-    return f"{_signed(100 * (after / before - 1), 1)}%"
-
-
 def _signed(value: float, digits: int = 2) -> str:
-    text = f"{value:+.{digits}f}".replace("-", "−")
-    return text.lstrip("+−") if float(f"{value:.{digits}f}") == 0 else text
+    text = f"{value:+.{digits}f}".replace("-", _MINUS)
+    return text.lstrip("+" + _MINUS) if float(f"{value:.{digits}f}") == 0 else text
 
 
 def _sampling_note(evaluation: Mapping[str, Any]) -> str:

@@ -1,12 +1,12 @@
 """The tree as a river: boxes for what each node holds, bands for how many inputs pass.
 
 It flows from left to right, one column per level. A leaf above the last level runs the remaining
-stages itself, so its box reaches through their columns.
+stages itself, so its box reaches through their columns. Lengths are inches: the axes are scaled so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -17,11 +17,11 @@ from matplotlib.path import Path
 
 from sigmabranch.report import style
 from sigmabranch.report.style import house_style
+from sigmabranch.report.tables import short
 
-_BOX = 1.62  # inches, as are all sizes below: the axes are scaled so
-_GAP = 1.0
-_ROW = 0.92
-_BOX_HEIGHT = 0.72
+_BOX_WIDTH, _BOX_HEIGHT = 1.62, 0.72
+_COLUMN, _ROW = 2.62, 0.92
+_HEADER = 0.62
 _BAND = 0.62  # thickness of a band that all inputs pass
 
 
@@ -30,160 +30,127 @@ def tree_figure(cost: Mapping[str, Any], usage: Mapping[str, float] | None = Non
     """Every node with its width, parameters and share of the inputs.
 
     Args:
-        cost: with ``nodes``, rows of ``node``, ``width``, ``params``, ``macs``.
-        usage: leaf key → fraction of the inputs it takes; equal thickness if None.
+        cost: with ``nodes`` (rows of ``node``, ``width``, ``params``) and ``net``.
+        usage: leaf key → fraction of the inputs it takes; halves at every router if None.
     """
-    rows = {row["node"]: row for row in cost["nodes"]}
-    leaves = [key for key in rows if not _children(key, rows)]
-    leaves.sort(key=lambda key: [int(branch) for branch in key.split("-")])
-    depth = max(len(leaf.split("-")) for leaf in leaves)
-    tint = dict(zip(leaves, style.leaf_colours(len(leaves)), strict=True))
-    width = (depth + 1) * _BOX + depth * _GAP + 0.5
-    height = len(leaves) * _ROW + 0.15
-    paths = cost["net"]
+    river = _River(cost["nodes"], usage)
+    width = river.depth * _COLUMN + _BOX_WIDTH + 0.5
+    height = len(river.leaves) * _ROW + 0.15
+    net = cost["net"]
     figure = style.canvas(
         width,
-        height + 0.62,
+        height + _HEADER,
         "The tree",
-        f"One input runs one path: {_short(paths['active_params'])} of "
-        f"{_short(paths['total_params'])} parameters. Bands: share of the inputs.",
+        f"One input runs one path: {short(net['active_params'])} of "
+        f"{short(net['total_params'])} parameters. "
+        + ("Bands: share of the inputs." if usage else "Bands: equal shares, not measured."),
     )
     figure.set_layout_engine("none")
-    axes = figure.add_axes((0, 0, 1, height / (height + 0.62)))
-    axes.set(xlim=(-0.25, width - 0.25), ylim=(-height + 0.075, 0.075))
+    axes = figure.add_axes((0, 0, 1, height / (height + _HEADER)))
+    axes.set(xlim=(-0.25, width - 0.25), ylim=(0.075 - height, 0.075))
     style.bare(axes)
-    _draw(axes, "root", rows, leaves, tint, usage, depth)
+    for key in river.rows:
+        river.draw_bands(axes, key)
+    for key in river.rows:
+        river.draw_box(axes, key)
     return figure
 
 
-def _draw(
-    axes: Axes,
-    key: str,
-    rows: Mapping[str, Mapping[str, Any]],
-    leaves: Sequence[str],
-    tint: Mapping[str, str],
-    usage: Mapping[str, float] | None,
-    depth: int,
-) -> None:
-    """Draw the subtree at ``key``: bands first, so that boxes lie on them."""
-    level, y = _level(key), _height_of(key, leaves)
-    left, right = _column(level), _column(level) + _BOX
-    start = y + _BAND * _share(key, leaves, usage) / 2
-    for child in _children(key, rows):
-        thickness = _BAND * _share(child, leaves, usage)
-        target = _height_of(child, leaves)
-        _band(
-            axes,
-            (right, start),
-            (_column(level + 1), target),
-            thickness,
-            _tint(child, leaves, tint),
+class _River:
+    """Where each node lies, and how much flows through it."""
+
+    def __init__(self, rows: Any, usage: Mapping[str, float] | None) -> None:
+        self.rows = {row["node"]: row for row in rows}
+        self.usage = usage
+        self.leaves = sorted(
+            (key for key in self.rows if not self.children(key)),
+            key=lambda key: [int(branch) for branch in key.split("-")],
         )
-        start -= thickness
-        _draw(axes, child, rows, leaves, tint, usage, depth)
-    if key in leaves:
-        right = _column(depth) + _BOX
-    _box(axes, left, right, y, rows[key], _tint(key, leaves, tint))
-    if usage is not None:
-        share = _share(key, leaves, usage)
-        text = "<1%" if 0 < share < 0.01 else f"{share:.0%}"
-        axes.text(right - 0.12, y + 0.19, text, ha="right", va="center", color=style.MUTED)
+        self.depth = max(map(_level, self.leaves))
+        self.leaf_colours = style.leaf_colours(len(self.leaves))
+
+    def children(self, key: str) -> list[str]:
+        prefix = "" if key == "root" else f"{key}-"
+        return [child for child in (f"{prefix}0", f"{prefix}1") if child in self.rows]
+
+    def under(self, key: str) -> list[int]:
+        """Positions of the leaves at or below ``key``."""
+        return [
+            position
+            for position, leaf in enumerate(self.leaves)
+            if key == "root" or f"{leaf}-".startswith(f"{key}-")
+        ]
+
+    def middle(self, key: str) -> float:
+        """Height of the node's centre: between its leaves."""
+        rows = self.under(key)
+        return -_ROW * (sum(rows) / len(rows) + 0.5)
+
+    def share(self, key: str) -> float:
+        if self.usage is None:
+            return 0.5 ** _level(key)
+        return sum(self.usage[self.leaves[position]] for position in self.under(key))
+
+    def colour(self, key: str) -> str:
+        """A leaf's own; for a node above, its branch's; grey for the trunk."""
+        if key in self.leaves:
+            return self.leaf_colours[self.leaves.index(key)]
+        return style.DENSE if key == "root" else style.BRANCH[int(key[0])]
+
+    def draw_bands(self, axes: Axes, key: str) -> None:
+        """From the node's right edge, stacked, to the left edge of each child."""
+        left = _level(key) * _COLUMN + _BOX_WIDTH
+        top = self.middle(key) + _BAND * self.share(key) / 2
+        for child in self.children(key):
+            thickness = _BAND * self.share(child)
+            target = self.middle(child) + thickness / 2
+            outline = _ribbon((left, top), (_level(child) * _COLUMN, target), thickness)
+            axes.add_patch(PathPatch(outline, color=self.colour(child), alpha=0.55, linewidth=0.6))
+            top -= thickness
+
+    def draw_box(self, axes: Axes, key: str) -> None:
+        row, middle, colour = self.rows[key], self.middle(key), self.colour(key)
+        left = _level(key) * _COLUMN
+        last = self.depth if key in self.leaves else _level(key)
+        right = last * _COLUMN + _BOX_WIDTH
+        for face, edge, line in (
+            (style.PAPER, "none", 0.0),  # under the tint, so that no band shines through
+            (to_rgba(colour, 0.12), colour, 1.3),
+        ):
+            axes.add_patch(
+                FancyBboxPatch(
+                    (left, middle - _BOX_HEIGHT / 2),
+                    right - left,
+                    _BOX_HEIGHT,
+                    boxstyle="round,pad=0,rounding_size=0.08",
+                    facecolor=face,
+                    edgecolor=edge,
+                    linewidth=line,
+                )
+            )
+        name = "trunk" if key == "root" else key
+        channels = f"{row['width']:,} channels" if row["width"] else ""
+        x, y = left + 0.12, middle + 0.19
+        axes.text(x, y, name, va="center", fontweight="bold", fontsize=10)
+        axes.text(x, y - 0.21, channels, va="center", fontsize=8.5)
+        params = f"{short(row['params'])} params"
+        axes.text(x, y - 0.39, params, va="center", fontsize=8.5, color=style.MUTED)
+        if self.usage is not None:
+            share = self.share(key)
+            text = "<1%" if 0 < share < 0.005 else f"{share:.0%}"
+            axes.text(right - 0.12, y, text, ha="right", va="center", color=style.MUTED)
 
 
-def _box(
-    axes: Axes, left: float, right: float, y: float, row: Mapping[str, Any], colour: str
-) -> None:
-    shape = (left, y - _BOX_HEIGHT / 2), right - left, _BOX_HEIGHT
-    rounded = "round,pad=0,rounding_size=0.08"
-    axes.add_patch(FancyBboxPatch(*shape, boxstyle=rounded, facecolor=style.PAPER, linewidth=0))
-    axes.add_patch(
-        FancyBboxPatch(
-            *shape,
-            boxstyle=rounded,
-            facecolor=to_rgba(colour, 0.12),
-            edgecolor=colour,
-            linewidth=1.3,
-        )
-    )
-    name = "trunk" if row["node"] == "root" else row["node"]
-    for offset, text, look in (
-        (0.19, name, {"fontweight": "bold", "fontsize": 10}),
-        (-0.02, f"{row['width']:,} channels", {"fontsize": 8.5}),
-        (-0.2, f"{_short(row['params'])} params", {"fontsize": 8.5, "color": style.MUTED}),
-    ):
-        axes.text(left + 0.12, y + offset, text, va="center", **look)
-
-
-def _band(
-    axes: Axes,
-    start: tuple[float, float],
-    stop: tuple[float, float],
-    thickness: float,
-    colour: str,
-) -> None:
-    """A smooth ribbon from the upper edge ``start`` to one centred at ``stop``."""
-    (x0, top0), (x1, middle) = start, stop
-    top1, bend = middle + thickness / 2, (x0 + x1) / 2
-    outline = [
-        (x0, top0),
-        (bend, top0),
-        (bend, top1),
-        (x1, top1),
-        (x1, top1 - thickness),
-        (bend, top1 - thickness),
-        (bend, top0 - thickness),
-        (x0, top0 - thickness),
-        (x0, top0),
-    ]
+def _ribbon(start: tuple[float, float], stop: tuple[float, float], thickness: float) -> Path:
+    """A smooth band between two upper corners."""
+    (x0, y0), (x1, y1) = start, stop
+    bend = (x0 + x1) / 2
+    upper = [(x0, y0), (bend, y0), (bend, y1), (x1, y1)]
+    lower = [(x, y - thickness) for x, y in reversed(upper)]
     curve = [Path.CURVE4] * 3
     codes = [Path.MOVETO, *curve, Path.LINETO, *curve, Path.CLOSEPOLY]
-    axes.add_patch(
-        PathPatch(
-            Path(outline, codes), facecolor=colour, alpha=0.55, linewidth=0.6, edgecolor=colour
-        )
-    )
-
-
-def _children(key: str, rows: Mapping[str, Any]) -> list[str]:
-    prefix = "" if key == "root" else f"{key}-"
-    return [child for child in (f"{prefix}0", f"{prefix}1") if child in rows]
+    return Path([*upper, *lower, upper[0]], codes)
 
 
 def _level(key: str) -> int:
-    return 0 if key == "root" else len(key.split("-"))
-
-
-def _column(level: int) -> float:
-    return level * (_BOX + _GAP)
-
-
-def _under(key: str, leaves: Sequence[str]) -> list[int]:
-    """Positions of the leaves at or below ``key``."""
-    inside = key == "root"
-    return [i for i, leaf in enumerate(leaves) if inside or f"{leaf}-".startswith(f"{key}-")]
-
-
-def _height_of(key: str, leaves: Sequence[str]) -> float:
-    rows = _under(key, leaves)
-    return -_ROW * (sum(rows) / len(rows) + 0.5)
-
-
-def _share(key: str, leaves: Sequence[str], usage: Mapping[str, float] | None) -> float:
-    if usage is None:
-        return 0.5 ** _level(key)
-    return sum(usage[leaves[row]] for row in _under(key, leaves))
-
-
-def _tint(key: str, leaves: Sequence[str], tint: Mapping[str, str]) -> str:
-    """A leaf's own colour; for a node above, its branch's; grey for the trunk."""
-    if key == "root":
-        return style.DENSE
-    return tint[key] if key in tint else style.BRANCH[int(key.split("-")[0])]
-
-
-def _short(count: float) -> str:
-    """1,234,567 → "1.23 M"."""
-    for limit, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if count >= limit:
-            return f"{count / limit:.3g}{unit}"
-    return f"{count:,.0f}"
+    return 0 if key == "root" else key.count("-") + 1

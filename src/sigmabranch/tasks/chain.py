@@ -1,17 +1,19 @@
 """The steps from data to a result; each writes its folder once and is skipped when it is complete.
 
-    folder/
-      task.json     all settings and the seed
-      dense/        the dense network          (checkpoint and metrics.csv while it trains)
-      converted/    the branched network before fine-tuning
-      branched/     the branched network after it
-      measured.json cost and accuracy of the three
+folder/
+  task.json     all settings and the seed
+  dense/        the dense network          (checkpoint and metrics.csv while it trains)
+  converted/    the branched network before fine-tuning
+  branched/     the branched network after it
+  measured.json cost and accuracy of the three
+  result.json   all of this for publication
 """
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -22,15 +24,17 @@ import torch
 from torch import Tensor, nn
 
 from sigmabranch import files
+from sigmabranch.archive import read_manifest
 from sigmabranch.backbones import ResNet
 from sigmabranch.conversion import class_targets, convert
 from sigmabranch.data import Dataset, EpochBatches, Split, derive_seed, open_data
 from sigmabranch.errors import CheckpointError, DataError
 from sigmabranch.measure import evaluate, evaluate_dense
 from sigmabranch.net import SigmaBranchNet
-from sigmabranch.saving import load_dense, load_net, save_dense, save_net
+from sigmabranch.saving import load_dense, load_net, save_dense
 from sigmabranch.tasks.counting import count_net
-from sigmabranch.tasks.task import Task
+from sigmabranch.tasks.provenance import provenance
+from sigmabranch.tasks.task import Task, first_difference
 from sigmabranch.training import (
     BranchedObjective,
     DenseObjective,
@@ -64,6 +68,8 @@ class Chain:
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         max_minutes: stop cleanly after this long, all steps together.
         resume: go on with what the folder holds; otherwise it must be new.
+        start: folders of saved networks to begin with, by step: ``{"dense": …}`` skips training,
+            ``{"converted": …}`` skips conversion too.
         watch: called with (step name, :class:`~sigmabranch.training.Event`) while training.
         calibrating: called with (what, samples done, samples in all) while converting.
     """
@@ -78,6 +84,7 @@ class Chain:
         device: str = "auto",
         max_minutes: float | None = None,
         resume: bool = True,
+        start: Mapping[str, Path] | None = None,
         watch: Callable[[str, Event], None] | None = None,
         calibrating: Callable[[str, int, int], None] | None = None,
     ) -> None:
@@ -86,6 +93,8 @@ class Chain:
         self.resume, self.watch, self.calibrating = resume, watch, calibrating
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._claim_folder()
+        for step, source in (start or {}).items():
+            self._adopt(step, source)
 
     def _claim_folder(self) -> None:
         """Refuse a folder that holds another task, other settings or another seed."""
@@ -94,7 +103,7 @@ class Chain:
         if path.exists() and not self.resume:
             raise CheckpointError(f"{self.folder} is in use: choose another --out or use --resume")
         if path.exists():
-            difference = _first_difference(files.read_json(path), settings)
+            difference = first_difference(files.read_json(path), settings)
             if difference:
                 raise CheckpointError(
                     f"{self.folder} was made with other settings ({difference}): "
@@ -103,28 +112,25 @@ class Chain:
         elif self.engine.is_main:
             files.write_json(path, settings)
 
+    def _adopt(self, step: str, source: Path) -> None:
+        """Copy a saved network in as this chain's ``step``."""
+        folder = self.folder / step
+        if folder.resolve() == source.resolve():
+            return
+        notes = read_manifest(source)["notes"]
+        difference = first_difference(
+            {name: notes["task"][name] for name in ("data", "model")},
+            {name: self.task.to_dict()[name] for name in ("data", "model")},
+        )
+        if difference:
+            raise CheckpointError(f"{source} belongs to another task: {difference}")
+        if not _complete(folder):
+            shutil.copytree(source, folder, ignore=shutil.ignore_patterns("checkpoint*", ".*"))
+
     @cached_property
     def dataset(self) -> Dataset:
         """The task's data, checked against its network."""
-        spec = self.task.data
-        dataset = open_data(
-            spec.name,
-            self.data,
-            device=self.engine.device,
-            image_size=spec.image_size,
-            channels_last=True,
-        ).limit(train=spec.train_limit, test=spec.test_limit)
-        if dataset.classes != self.task.model.classes:
-            raise DataError(
-                f"{spec.name} has {dataset.classes} classes but the network's head has "
-                f"{self.task.model.classes}: set model.classes={dataset.classes}"
-            )
-        if dataset.shape[0] != self.task.model.in_channels:
-            raise DataError(
-                f"{spec.name} images have {dataset.shape[0]} channels, the network takes "
-                f"{self.task.model.in_channels}: set model.in_channels={dataset.shape[0]}"
-            )
-        return dataset
+        return open_task_data(self.task, self.data, self.engine.device)
 
     def dense(self) -> nn.Module:
         """The trained dense network."""
@@ -147,7 +153,7 @@ class Chain:
                 spec=replace(self.task.conversion, seed=self.seed),
                 progress=self.calibrating,
             )
-            save_net(net, folder, self._notes())
+            net.save(folder, self._notes())
         return load_net(folder).to(self.engine.device)
 
     def branched(self) -> SigmaBranchNet:
@@ -158,7 +164,7 @@ class Chain:
             teacher = self.dense() if recipe.distill_weight else None
             objective = BranchedObjective(recipe, teacher, class_targets(net.record))
             self._fit(net, objective, recipe, folder, evaluate)
-            save_net(net, folder, self._notes())
+            net.save(folder, self._notes())
         return load_net(folder).to(self.engine.device)
 
     def train(self, model: nn.Module, recipe: Recipe, folder: Path) -> None:
@@ -182,8 +188,25 @@ class Chain:
             files.write_json(path, measured)
         return files.read_json(path)
 
+    def result(self, controls: Mapping[str, Any]) -> dict[str, Any]:
+        """Everything worth publishing about this run, JSON-able; also written to the folder."""
+        result = {
+            **self._notes(),
+            "provenance": provenance(self.engine.device),
+            **self.measured(),
+            "controls": dict(controls),
+            "history": {step: self.history(step) for step in ("dense", "branched")},
+        }
+        files.write_json(self.folder / "result.json", result)
+        return result
+
+    def history(self, step: str) -> list[dict[str, Any]]:
+        """The epochs of one training; none if its network came from elsewhere."""
+        path = self.folder / step / "history.json"
+        return files.read_json(path) if path.exists() else []
+
     def accuracy(self, net: SigmaBranchNet) -> dict[str, Any]:
-        """All figures of one branched network; each class's best leaf is chosen on training data."""
+        """All figures of one branched network; a class's best leaf is chosen on training data."""
         known = Ordered(self.dataset.train, self._some_order()[:CEILING_SAMPLES])
         class_leaf = evaluate(net, known)["best_leaf_of_class"]
         return evaluate(net, ordered(self.dataset.test), class_leaf=class_leaf, seed=self.seed)
@@ -227,6 +250,7 @@ class Chain:
         )
         if not result.complete:
             raise Stopped(result.reason, folder)
+        files.write_json(folder / "history.json", result.history)
 
     def _minutes_left(self) -> float | None:
         if self.deadline is None:
@@ -235,6 +259,33 @@ class Chain:
 
     def _notes(self) -> dict[str, Any]:
         return {"task": self.task.to_dict(), "seed": self.seed}
+
+
+def open_task_data(task: Task, folder: Path | str | None, device: torch.device) -> Dataset:
+    """A task's data on ``device``.
+
+    Raises:
+        DataError: files that are missing or damaged, or classes or channels that do not fit the
+            task's network.
+    """
+    dataset = open_data(
+        task.data.name,
+        folder,
+        device=device,
+        image_size=task.data.image_size,
+        channels_last=True,
+    ).limit(train=task.data.train_limit, test=task.data.test_limit)
+    for what, given, key in (
+        ("classes", dataset.classes, "classes"),
+        ("image channels", dataset.shape[0], "in_channels"),
+    ):
+        wanted = getattr(task.model, key)
+        if given != wanted:
+            raise DataError(
+                f"{task.data.name} has {given} {what} but the network is made for {wanted}: "
+                f"use --set model.{key}={given}"
+            )
+    return dataset
 
 
 class Ordered:
@@ -268,14 +319,3 @@ def _curves(evaluation: dict[str, Any]) -> dict[str, Any]:
     """What an epoch's record keeps of an evaluation: everything but the tables per class."""
     tables = ("class_leaf_share", "best_leaf_of_class")
     return {key: value for key, value in evaluation.items() if key not in tables}
-
-
-def _first_difference(old: Any, new: Any, where: str = "") -> str:
-    """The first setting that differs between two nested dictionaries, as text."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            found = _first_difference(old.get(key), new.get(key), f"{where}.{key}".strip("."))
-            if found:
-                return found
-        return ""
-    return "" if old == new else f"{where} is {old} there and {new} here"

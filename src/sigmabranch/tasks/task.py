@@ -125,6 +125,17 @@ SECTIONS: Mapping[str, Any] = {
 }
 
 
+def first_difference(old: Any, new: Any, where: str = "") -> str:
+    """The first setting that differs between two nested dictionaries, as text."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            found = first_difference(old.get(key), new.get(key), f"{where}.{key}".strip("."))
+            if found:
+                return found
+        return ""
+    return "" if old == new else f"{where} is {old} there and {new} here"
+
+
 def setting_keys() -> list[str]:
     """Every key that ``--set`` knows."""
     keys = [f"{name}.{part.name}" for name, kind in SECTIONS.items() for part in fields(kind)]

@@ -1,6 +1,7 @@
 """Training dense networks and fine-tuning branched ones, with one loop."""
 
 from sigmabranch.training.alarms import routing_alarms
+from sigmabranch.training.api import finetune, train
 from sigmabranch.training.batches import Batches, LoaderBatches
 from sigmabranch.training.engine import Engine, FabricEngine, resolve_device
 from sigmabranch.training.events import Event, Progress
@@ -27,7 +28,9 @@ __all__ = [
     "StepOutput",
     "TensorBoardLog",
     "branched_loss",
+    "finetune",
     "fit",
     "resolve_device",
     "routing_alarms",
+    "train",
 ]

@@ -73,7 +73,7 @@ class FabricEngine:
 
     def __init__(self, device: str = "auto", *, devices: int = 1, nodes: int = 1) -> None:
         try:
-            from lightning_fabric import Fabric
+            from lightning_fabric import Fabric  # noqa: PLC0415
         except ImportError as error:
             raise MissingDependency("lightning-fabric", "train", "training") from error
         kind = resolve_device(device).type

@@ -37,7 +37,7 @@ class TensorBoardLog:
 
     def __init__(self, folder: Path | str) -> None:
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
         except ImportError as error:
             raise MissingDependency("tensorboard", "train", "the TensorBoard log") from error
         self._writer = SummaryWriter(str(folder))

@@ -29,7 +29,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
         if parameter.requires_grad:
             decay = recipe.decay_norm_and_bias or (parameter.ndim >= 2 and name not in exempt)
             (decayed if decay else plain).append(parameter)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": recipe.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]

@@ -6,7 +6,7 @@ import difflib
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from sigmabranch.errors import ConfigError
@@ -178,8 +178,3 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         return value
     wanted = getattr(hint, "__name__", str(hint))
     raise ConfigError(f"recipe {name} must be {wanted}, got {value!r}")
-
-
-def field_names(recipe: type[Recipe]) -> tuple[str, ...]:
-    """The keys that ``recipe`` accepts, in order of declaration."""
-    return tuple(field.name for field in fields(recipe))

@@ -1,0 +1,81 @@
+"""Turn a dense network into one that runs a single root-to-leaf path per input.
+
+    net = sb.convert(dense, loader)        # dense model → branched net
+    sb.finetune(net, loader, recipe)       # train all paths with soft routing
+    sb.evaluate(net, test_loader)          # measure one path per input
+    net.save("net"); net = sb.load("net")
+
+Names are loaded on first use, so that importing the package costs no more than importing torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sigmabranch.version import __version__
+
+if TYPE_CHECKING:
+    from sigmabranch.backbones import Backbone, ResNet, ResNetSpec
+    from sigmabranch.conversion import ConversionRecord, ConversionSpec, convert, rebuild
+    from sigmabranch.coupling import CouplingMap, SlicePlan, trace
+    from sigmabranch.errors import SigmaBranchError
+    from sigmabranch.measure import cost as count
+    from sigmabranch.measure import evaluate, evaluate_dense
+    from sigmabranch.net import HardOutput, SigmaBranchNet, SoftOutput
+    from sigmabranch.saving import load_net as load
+    from sigmabranch.training import FinetuneRecipe, Recipe, finetune, train
+    from sigmabranch.tree import TreeSpec
+
+_HOMES = {
+    "sigmabranch.backbones": ("Backbone", "ResNet", "ResNetSpec"),
+    "sigmabranch.conversion": ("ConversionRecord", "ConversionSpec", "convert", "rebuild"),
+    "sigmabranch.coupling": ("CouplingMap", "SlicePlan", "trace"),
+    "sigmabranch.errors": ("SigmaBranchError",),
+    "sigmabranch.measure": ("evaluate", "evaluate_dense"),
+    "sigmabranch.net": ("HardOutput", "SigmaBranchNet", "SoftOutput"),
+    "sigmabranch.training": ("FinetuneRecipe", "Recipe", "finetune", "train"),
+    "sigmabranch.tree": ("TreeSpec",),
+}
+_PLACES = {name: (home, name) for home, names in _HOMES.items() for name in names} | {
+    "count": ("sigmabranch.measure", "cost"),
+    "load": ("sigmabranch.saving", "load_net"),
+}
+
+__all__ = [
+    "Backbone",
+    "ConversionRecord",
+    "ConversionSpec",
+    "CouplingMap",
+    "FinetuneRecipe",
+    "HardOutput",
+    "Recipe",
+    "ResNet",
+    "ResNetSpec",
+    "SigmaBranchError",
+    "SigmaBranchNet",
+    "SlicePlan",
+    "SoftOutput",
+    "TreeSpec",
+    "__version__",
+    "convert",
+    "count",
+    "evaluate",
+    "evaluate_dense",
+    "finetune",
+    "load",
+    "rebuild",
+    "trace",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'sigmabranch' has no attribute {name!r}")
+    home, attribute = _PLACES[name]
+    return getattr(importlib.import_module(home), attribute)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,105 @@
+"""A network on disk: a folder with a manifest, one safetensors file and JSON beside it.
+
+The manifest names every file with its size and SHA-256 and is written last, so a folder whose
+manifest checks out is complete. No pickle is ever written or read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+from sigmabranch import files
+from sigmabranch.errors import CheckpointError
+
+SCHEMA = 1
+MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
+
+
+def write_archive(
+    folder: Path | str,
+    state: Mapping[str, Tensor],
+    described: Mapping[str, Any],
+    documents: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a network's tensors and description, each file atomically and the manifest last.
+
+    Args:
+        folder: created if absent.
+        state: tensors by name, stored in their own dtype.
+        described: further JSON-able entries of the manifest.
+        documents: file name → JSON-able content of files beside the weights.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    folder, documents = Path(folder), documents or {}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    with files.atomic_write(folder / WEIGHTS) as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors))
+    for name, content in documents.items():
+        files.write_json(folder / name, content)
+    listed = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": files.sha256(folder / name)}
+        for name in (WEIGHTS, *documents)
+    }
+    header = {"format": "sigmabranch", "schema": SCHEMA}
+    files.write_json(folder / MANIFEST, {**header, **described, "files": listed})
+
+
+def read_manifest(folder: Path | str, kind: str | None = None) -> dict[str, Any]:
+    """The manifest of a saved network, after checking every file that it names.
+
+    Raises:
+        CheckpointError: missing or damaged files, another schema, or not of ``kind``.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{folder} holds no saved network: {MANIFEST} is missing")
+    manifest = files.read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != "sigmabranch":
+        raise CheckpointError(f"{folder / MANIFEST} was not written by sigmabranch")
+    if manifest.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"{folder} has schema {manifest.get('schema')}, this version reads {SCHEMA}: "
+            "use the version that wrote it"
+        )
+    if kind is not None and manifest.get("kind") != kind:
+        raise CheckpointError(f"{folder} holds a {manifest.get('kind')} network, need a {kind} one")
+    for name, expected in manifest["files"].items():
+        _check_file(folder, name, expected)
+    return manifest
+
+
+def _check_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
+    path = folder / name
+    if Path(name).name != name:
+        raise CheckpointError(f"{folder / MANIFEST} names {name!r} outside its own folder")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: copy the whole folder again")
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise CheckpointError(
+            f"{path} is damaged: {size} bytes instead of {expected['bytes']}; copy it again"
+        )
+    if files.sha256(path) != expected["sha256"]:
+        raise CheckpointError(f"{path} is damaged: its SHA-256 differs; copy it again")
+
+
+def fill(model: nn.Module, folder: Path | str) -> None:
+    """Give a skeleton the archive's tensors, in place of its own (which may be on meta).
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    path = Path(folder) / WEIGHTS
+    try:
+        model.load_state_dict(safetensors.torch.load_file(path), assign=True)
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} does not fit its manifest: {reason}") from error

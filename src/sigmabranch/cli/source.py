@@ -1,0 +1,24 @@
+"""What a saved network remembers about where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sigmabranch.archive import read_manifest
+from sigmabranch.errors import CheckpointError
+from sigmabranch.tasks import Task
+
+
+def read_source(folder: Path, kind: str | None, settings: Sequence[str] | None) -> tuple[Task, int]:
+    """The task (with ``settings`` applied) and the seed of the network in ``folder``.
+
+    Raises:
+        CheckpointError: no network of that kind, or one that was saved without its task.
+    """
+    notes = read_manifest(folder, kind)["notes"]
+    if "task" not in notes:
+        raise CheckpointError(
+            f"{folder} was saved without a task: use the Python API, or save it with one"
+        )
+    return Task.from_dict(notes["task"]).with_settings(settings or ()), notes["seed"]

@@ -1,0 +1,134 @@
+"""Controls: networks of the same cost or the same training, without routing.
+
+Every control shares the task's data, recipe and seed, and has as many epochs behind it as the
+branched network.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sigmabranch import files
+from sigmabranch.backbones import ResNet, ResNetSpec
+from sigmabranch.conversion import single_path
+from sigmabranch.errors import ConfigError
+from sigmabranch.measure import cost, evaluate_dense
+from sigmabranch.tasks import Chain, count_task
+from sigmabranch.tasks.chain import ordered, seeded
+from sigmabranch.tasks.counting import example
+from sigmabranch.training import Recipe
+
+TOLERANCE = 0.01
+
+
+def run_control(chain: Chain, name: str) -> dict[str, Any]:
+    """Train and measure one control in the chain's folder, or read it back.
+
+    Args:
+        chain: of the task; its dense and branched networks are made first where they are needed.
+        name: one of :data:`CONTROLS`.
+
+    Returns:
+        JSON-able: ``params``, ``macs`` (fvcore, batch 1), ``epochs``, and the accuracies of
+        :func:`~sigmabranch.measure.evaluate_dense`.
+
+    Raises:
+        ConfigError: an unknown name.
+        Stopped: the chain's time is up; the checkpoint holds the state.
+    """
+    check_controls([name])
+    folder = chain.folder / "controls" / name
+    path = folder / "measured.json"
+    if not path.exists():
+        model, epochs = CONTROLS[name](chain, folder)
+        counted = cost(model.cpu(), example(chain.task))["dense"]
+        accuracy = evaluate_dense(model.to(chain.engine.device), ordered(chain.dataset.test))
+        measured = {"params": counted["params"], "macs": counted["macs"], "epochs": epochs}
+        files.write_json(path, measured | accuracy)
+    return files.read_json(path)
+
+
+def check_controls(names: Iterable[str]) -> None:
+    """Raise :class:`ConfigError` at a name that is no control, before any work is done."""
+    for name in names:
+        if name not in CONTROLS:
+            raise ConfigError(f"unknown control {name!r}: choose from {', '.join(CONTROLS)}")
+
+
+def _single_path(chain: Chain, folder: Path) -> tuple[nn.Module, int]:
+    """One path cut from the trained dense network, without routers, and fine-tuned alike."""
+    model = single_path(
+        chain.dense(), chain.calibration(), chain.task.tree, spec=chain.task.conversion
+    )
+    chain.train(model, chain.task.finetune, folder)
+    return model, _epochs(chain)
+
+
+def _dense_continued(chain: Chain, folder: Path) -> tuple[nn.Module, int]:
+    """The full dense network, trained on with the fine-tuning recipe."""
+    model = chain.dense()
+    chain.train(model, chain.task.finetune, folder)
+    return model, _epochs(chain)
+
+
+def _dense_equal(chain: Chain, folder: Path) -> tuple[nn.Module, int]:
+    """A narrow dense network of equal active size, trained from scratch in one schedule."""
+    active = count_task(chain.task)["net"]["active_params"]
+    with seeded(chain.seed):
+        model = ResNet(dense_of_size(chain.task.model, active))
+    recipe: Recipe = replace(chain.task.dense, epochs=_epochs(chain))
+    chain.train(model, recipe, folder)
+    return model, recipe.epochs
+
+
+CONTROLS: Mapping[str, Callable[[Chain, Path], tuple[nn.Module, int]]] = {
+    "single-path": _single_path,
+    "dense-equal": _dense_equal,
+    "dense-continued": _dense_continued,
+}
+
+
+def dense_of_size(spec: ResNetSpec, params: int) -> ResNetSpec:
+    """The narrower network of the same depth whose size is nearest to ``params``.
+
+    All widths shrink by one factor, the last stage a little more or less to hit the size.
+
+    Raises:
+        ConfigError: no width comes within one percent.
+    """
+    grid = range(1, 1001)
+    middle = bisect_left(grid, params, key=lambda step: _params(_narrowed(spec, step / 1000, 0)))
+    candidates = [
+        _narrowed(spec, step / 1000, nudge)
+        for step in grid[max(0, middle - 2) : middle + 2]
+        for nudge in (-1, 0, 1)
+    ]
+    best = min(candidates, key=lambda candidate: abs(_params(candidate) - params))
+    if abs(_params(best) - params) > TOLERANCE * params:
+        raise ConfigError(
+            f"no narrower network has {params:,} parameters within {TOLERANCE:.0%}: the nearest "
+            f"has {_params(best):,}"
+        )
+    return best
+
+
+def _narrowed(spec: ResNetSpec, factor: float, nudge: int) -> ResNetSpec:
+    planes = [max(1, round(width * factor)) for width in spec.planes]
+    planes[-1] = max(1, planes[-1] + nudge)
+    return replace(spec, planes=tuple(planes), stem_width=max(1, round(spec.stem_width * factor)))
+
+
+def _params(spec: ResNetSpec) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in ResNet(spec).parameters())
+
+
+def _epochs(chain: Chain) -> int:
+    return chain.task.dense.epochs + chain.task.finetune.epochs

@@ -1,0 +1,81 @@
+"""Training with a plain loader, for users with a network and data of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sigmabranch.conversion import class_targets
+from sigmabranch.net import SigmaBranchNet
+from sigmabranch.training.batches import LoaderBatches
+from sigmabranch.training.engine import FabricEngine
+from sigmabranch.training.loop import FitResult, fit
+from sigmabranch.training.objectives import BranchedObjective, DenseObjective, Objective
+from sigmabranch.training.recipe import FinetuneRecipe, Recipe
+
+Loader = Iterable[Sequence[Tensor]]
+
+
+def train(
+    model: nn.Module, loader: Loader, recipe: Recipe | None = None, **options: Any
+) -> FitResult:
+    """Train a dense network in place.
+
+    Args:
+        model: (B, ...) → (B, V) logits.
+        loader: sized iterable of (inputs, labels), such as a ``DataLoader``.
+        recipe: how; the paper's CIFAR-100 setting if None.
+        options: ``folder`` (checkpoints and metrics.csv; default ``runs/train``), ``device``,
+            ``teacher``, and ``seed``, ``evaluate``, ``progress``, ``max_minutes``, ``resume`` of
+            :func:`~sigmabranch.training.loop.fit`, which also lists the errors raised.
+    """
+    recipe = recipe or Recipe()
+    objective = DenseObjective(recipe, options.pop("teacher", None))
+    return _fit(model, objective, loader, recipe, options.pop("folder", "runs/train"), **options)
+
+
+def finetune(
+    net: SigmaBranchNet, loader: Loader, recipe: FinetuneRecipe | None = None, **options: Any
+) -> FitResult:
+    """Train all paths of a branched network together, in place (paper, equations 5 to 8).
+
+    Args:
+        net: from :func:`~sigmabranch.conversion.convert`.
+        loader: as for :func:`train`.
+        recipe: how; the paper's setting if None.
+        options: as for :func:`train`; ``folder`` defaults to ``runs/finetune``, and ``teacher``
+            is the dense network that the leaves imitate when ``recipe.distill_weight`` is set.
+    """
+    recipe = recipe or FinetuneRecipe()
+    objective = BranchedObjective(recipe, options.pop("teacher", None), class_targets(net.record))
+    return _fit(net, objective, loader, recipe, options.pop("folder", "runs/finetune"), **options)
+
+
+def _fit(
+    model: nn.Module,
+    objective: Objective,
+    loader: Loader,
+    recipe: Recipe,
+    folder: Path | str,
+    *,
+    device: str = "auto",
+    seed: int = 0,
+    evaluate: Callable[[Any], Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> FitResult:
+    engine = FabricEngine(device)
+    batches = LoaderBatches(loader, engine.device, seed=seed)
+    return fit(
+        model,
+        objective,
+        batches,
+        recipe,
+        folder=folder,
+        engine=engine,
+        seed=seed,
+        evaluate=evaluate,
+        **options,
+    )
