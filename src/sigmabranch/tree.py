@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 from sigmabranch.errors import ConfigError
+from sigmabranch.fields import from_fields, to_fields
 
 NodeId: TypeAlias = tuple[int, ...]
 
@@ -124,14 +125,7 @@ class TreeSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; :meth:`from_dict` is its inverse."""
-        return {
-            "leaves": [list(leaf) for leaf in self.leaves],
-            "widths": list(self.widths) if self.widths is not None else None,
-            "round_to": self.round_to,
-            "projection_dim": self.projection_dim,
-            "projection_dropout": self.projection_dropout,
-            "cuts": list(self.cuts) if self.cuts is not None else None,
-        }
+        return {name: to_fields(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> TreeSpec:
@@ -140,19 +134,7 @@ class TreeSpec:
         Raises:
             ConfigError: an unknown key, or values that do not make a tree.
         """
-        unknown = set(value) - set(cls.__dataclass_fields__)
-        if unknown:
-            raise ConfigError(f"unknown tree key {sorted(unknown)[0]!r}")
-        fields = dict(value)
-        try:
-            if "leaves" in fields:
-                fields["leaves"] = tuple(tuple(map(int, leaf)) for leaf in fields["leaves"])
-            for name in ("widths", "cuts"):
-                if fields.get(name) is not None:
-                    fields[name] = tuple(fields[name])
-            return cls(**fields)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"not a tree: {error}") from error
+        return from_fields(cls, "tree", value)
 
 
 def _rounded(width: float, multiple: int, limit: int) -> int:

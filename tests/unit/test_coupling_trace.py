@@ -59,7 +59,6 @@ def test_a_residual_sum_ties_both_branches_and_every_reader() -> None:
     }
     assert torch.equal(found.axes["a.weight"][0], found.axes["out.weight"][1])
     assert found.roles["out.weight", 1] == "reads"
-    assert found.roles["norm.running_var", 0] == "reads"
     assert found.roles["b.bias", 0] == "scales"
 
 

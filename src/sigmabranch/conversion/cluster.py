@@ -9,6 +9,7 @@ section III-C, phase 1).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,10 @@ import torch
 from torch import Tensor
 
 from sigmabranch.errors import ConfigError, ConversionError, NumericError
+
+# Restarts first settle on about so many samples, evenly spaced: most of them turn out to be the
+# same partition, and the others have little left to do on all samples.
+SETTLING_SAMPLES = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +73,15 @@ def spherical_kmeans(
     """Partition latents by direction (Dhillon & Modha, 2001), best of several seedings.
 
     Seeds are drawn as in k-means++ with cosine distance. A cluster that runs empty is re-seeded
-    with the sample that fits worst. Arithmetic is float64, so the result depends on the seed alone.
+    with the sample that fits worst. From 16,384 samples on, the restarts first settle on a part of
+    them, and each distinct outcome goes on with all. Arithmetic is float64, so the result depends
+    on the samples and the seed alone.
 
     Args:
         latent_ND: (N, D) float, on any device; this process's samples.
         clusters: K.
         restarts: seedings tried side by side; the best objective wins.
-        iterations: at most this many rounds; it stops when no assignment changes.
+        iterations: at most this many rounds over all samples; it stops when no assignment changes.
         centred: subtract the mean latent first, so that a common direction cannot hide the split.
         balanced: halve the samples at every round (K = 2 only).
         seed: of the seeding.
@@ -96,21 +103,17 @@ def spherical_kmeans(
         raise NumericError("a latent is NaN or infinite: check the dense network and the input")
     rounds = _Rounds(latent_ND, clusters, centred=centred, balanced=balanced, shards=shards)
     generator = torch.Generator().manual_seed(seed)
-    centroid_RKD = rounds.seeded(restarts, count, generator)
-    open_R = torch.arange(restarts)
-    previous_NR = torch.full((len(latent_ND), restarts), -1, device=latent_ND.device)
-    for _ in range(iterations):
-        assignment_NR = rounds.assign(centroid_RKD[open_R])
-        changed_R = shards.sum((assignment_NR != previous_NR).sum(0)).cpu() > 0
-        open_R, previous_NR = open_R[changed_R], assignment_NR[:, changed_R]
-        if not len(open_R):
-            break
-        centroid_RKD[open_R] = rounds.update(previous_NR, centroid_RKD[open_R])
-    return rounds.best(centroid_RKD, count)
+    stride = count // SETTLING_SAMPLES
+    if stride < 2:
+        centroid_RKD = rounds.seeded(restarts, generator)
+    else:
+        part = rounds.thinned(stride)
+        centroid_RKD = part.distinct(part.run(part.seeded(restarts, generator), iterations))
+    return rounds.best(rounds.run(centroid_RKD, iterations))
 
 
 class _Rounds:
-    """The steps of Lloyd's iteration for R restarts at once."""
+    """Lloyd's iteration for R restarts at once."""
 
     def __init__(
         self, latent_ND: Tensor, clusters: int, *, centred: bool, balanced: bool, shards: Shards
@@ -124,7 +127,32 @@ class _Rounds:
         self.latent_ND = latent_ND - self.mean_D
         self.unit_ND = torch.nn.functional.normalize(self.latent_ND, dim=1)
 
-    def seeded(self, restarts: int, count: int, generator: torch.Generator) -> Tensor:
+    @property
+    def count(self) -> int:
+        """Samples of all processes."""
+        return int(self.shards.sum(torch.tensor(len(self.unit_ND), device=self.unit_ND.device)))
+
+    def thinned(self, stride: int) -> _Rounds:
+        """The same for every ``stride``-th sample, about the same mean."""
+        part = copy.copy(self)
+        part.latent_ND, part.unit_ND = self.latent_ND[::stride], self.unit_ND[::stride]
+        return part
+
+    def run(self, centroid_RKD: Tensor, iterations: int) -> Tensor:
+        """Assign and update in turn; a restart rests once none of its assignments changes."""
+        centroid_RKD = centroid_RKD.clone()
+        open_R = torch.arange(len(centroid_RKD))
+        previous_NR = torch.full_like(self.unit_ND[:, :1], -1, dtype=torch.int64)
+        for _ in range(iterations):
+            assignment_NR = self.assign(centroid_RKD[open_R])
+            changed_R = self.shards.sum((assignment_NR != previous_NR).sum(0)).cpu() > 0
+            open_R, previous_NR = open_R[changed_R], assignment_NR[:, changed_R]
+            if not len(open_R):
+                break
+            centroid_RKD[open_R] = self.update(previous_NR, centroid_RKD[open_R])
+        return centroid_RKD
+
+    def seeded(self, restarts: int, generator: torch.Generator) -> Tensor:
         """k-means++ seeds, (R, K, D): each next one with probability ∝ cosine distance."""
         seeds = []
         for _ in range(restarts):
@@ -198,27 +226,42 @@ class _Rounds:
         owner = int(self._by_rank(worst).argmin())
         return self._from_owner(owner, int(best_N.argmin()) if len(best_N) else 0)
 
-    def best(self, centroid_RKD: Tensor, count: int) -> Clusters:
-        """The restart with the largest objective, as a router."""
-        assignment_NR = self.assign(centroid_RKD)
+    def distinct(self, centroid_RKD: Tensor) -> Tensor:
+        """One restart of each outcome; the same objective to nine digits is the same partition."""
+        objective_R = self._objective(self._own_cosine(centroid_RKD))
+        restart_of = {value: r for r, value in enumerate(objective_R.round(decimals=9).tolist())}
+        return centroid_RKD[list(restart_of.values())]
+
+    def _own_cosine(self, centroid_RKD: Tensor) -> Tensor:
+        """Cosine of every sample with its centroid under every restart: (N, R)."""
         cosine_NRK = torch.einsum("nd,rkd->nrk", self.unit_ND, centroid_RKD)
-        own_NR = cosine_NRK.gather(2, assignment_NR[..., None]).squeeze(-1)
-        objective_R = self.shards.sum(own_NR.sum(0)) / count
+        return cosine_NRK.gather(2, self.assign(centroid_RKD)[..., None]).squeeze(-1)
+
+    def _objective(self, own_NR: Tensor) -> Tensor:
+        return self.shards.sum(own_NR.sum(0)) / self.count
+
+    def best(self, centroid_RKD: Tensor) -> Clusters:
+        """The restart with the largest objective, as a router."""
+        own_NR = self._own_cosine(centroid_RKD)
+        objective_R = self._objective(own_NR)
         winner = int(objective_R.argmax())
-        assignment_N, centroid_KD = assignment_NR[:, winner], centroid_RKD[winner]
+        centroid_KD = centroid_RKD[winner]
+        logit_N1K = torch.einsum("nd,rkd->nrk", self.latent_ND, centroid_KD[None])
+        threshold_1K = self._threshold(logit_N1K)
+        assignment_N = (logit_N1K + threshold_1K).argmax(-1).squeeze(1)
         one_hot_NK = torch.nn.functional.one_hot(assignment_N, self.clusters)
         sizes_K = self.shards.sum(one_hot_NK.sum(0))
         if int(sizes_K.min()) == 0:
             raise ConversionError(
-                f"the {count} latents have fewer than {self.clusters} distinct directions: "
+                f"the {self.count} latents have fewer than {self.clusters} distinct directions: "
                 "calibrate on more varied data"
             )
-        other_N = cosine_NRK[:, winner].masked_fill(one_hot_NK.bool(), -torch.inf).amax(1)
-        margin = self.shards.sum((own_NR[:, winner] - other_N).sum()) / count
-        logit_NRK = torch.einsum("nd,rkd->nrk", self.latent_ND, centroid_RKD[winner : winner + 1])
+        cosine_NK = self.unit_ND @ centroid_KD.T
+        other_N = cosine_NK.masked_fill(one_hot_NK.bool(), -torch.inf).amax(1)
+        margin = self.shards.sum((own_NR[:, winner] - other_N).sum()) / self.count
         return Clusters(
             centroid=centroid_KD,
-            offset=self._threshold(logit_NRK)[0] - centroid_KD @ self.mean_D,
+            offset=threshold_1K[0] - centroid_KD @ self.mean_D,
             assignment=assignment_N,
             sizes=tuple(sizes_K.tolist()),
             objective=float(objective_R[winner]),

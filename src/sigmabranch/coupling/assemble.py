@@ -25,7 +25,6 @@ class Findings:
         weights: layer weight -> axis -> unit at each position.
         elements: elementwise parameter -> compact labels.
         roles: (layer weight, axis) -> what it does to its units.
-        element_roles: the same for the channel axis of an elementwise parameter.
         fixed: (units that cannot be dropped, why).
         inexact: (units that cannot be dropped exactly, why).
     """
@@ -34,7 +33,6 @@ class Findings:
     weights: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     elements: dict[str, Tensor] = field(default_factory=dict)
     roles: dict[Key, Role] = field(default_factory=dict)
-    element_roles: dict[str, Role] = field(default_factory=dict)
     fixed: Reasons = field(default_factory=list)
     inexact: Reasons = field(default_factory=list)
 
@@ -53,7 +51,7 @@ def assemble(model: nn.Module, units: Units, findings: Findings) -> CouplingMap:
             fixed.append((labels, f"{name} has no channel axis of its own"))
         else:
             vectors[name, channel.dim] = channel.units
-            roles[name, channel.dim] = findings.element_roles[name]
+            roles[name, channel.dim] = "scales"
     fixed += _unsaved(model, vectors) + _unmade(vectors, roles)
     number = _Numbering(units, vectors.values())
     vectors = {key: number(ids) for key, ids in vectors.items() if bool(ids.any())}

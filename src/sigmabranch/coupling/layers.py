@@ -133,9 +133,8 @@ def batch_norm(tracer: Tracer, call: Call) -> None:
     x = call["input"]
     labels = tracer.labels(x)
     ids = tracer.vector(labels, 1, x.shape[1])
-    for argument in ("weight", "bias", "running_mean"):
+    for argument in ("weight", "bias", "running_mean", "running_var"):
         tracer.attach(call[argument], ids)
-    tracer.attach(call["running_var"], ids, "reads")
     tracer.mark(call.results[0], labels)
 
 

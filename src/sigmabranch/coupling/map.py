@@ -12,8 +12,8 @@ from torch import Tensor
 from sigmabranch.errors import ConversionError
 
 #: What a tensor does to the units along one of its axes. ``makes``: rows of a convolution or linear
-#: layer. ``scales``: biases, norm affines, layer scales, running means. ``reads``: columns of the
-#: consumers, running variances.
+#: layer. ``scales``: biases, norm affines and statistics, layer scales. ``reads``: columns of the
+#: consumers.
 Role = Literal["makes", "scales", "reads"]
 
 

@@ -272,7 +272,7 @@ class Tracer(TorchDispatchMode):
         if role == "makes":
             self.findings.roles[name, axis] = role
 
-    def attach(self, tensor: Tensor | None, labels: Tensor, role: Role = "scales") -> None:
+    def attach(self, tensor: Tensor | None, labels: Tensor) -> None:
         """Tie a bias, norm affine or other elementwise operand to ``labels`` of its shape."""
         if tensor is None:
             return
@@ -281,15 +281,14 @@ class Tracer(TorchDispatchMode):
             if tensor.numel() > 1:
                 self.unite(self.labels(tensor), labels)
         else:
-            self._adopt(weight, labels, role)
+            self._adopt(weight, labels)
 
-    def _adopt(self, weight: Weight, labels: Tensor, role: Role = "scales") -> None:
+    def _adopt(self, weight: Weight, labels: Tensor) -> None:
         name, axes = weight
         if name in self.findings.weights:
             self._refuse_mixed(name)
         inverse = sorted(range(len(axes)), key=axes.__getitem__)
         self.findings.elements[name] = self.units.compact(labels).permute(inverse)
-        self.findings.element_roles[name] = role
 
     def _parameter_labels(self, weight: Weight) -> Tensor:
         name, axes = weight

@@ -1,11 +1,12 @@
 """Prove a cut: the sliced section computes what the dense one computes with channels masked.
 
-The oracle is the dense network in which everything that makes a dropped unit is zero: rows of
-convolutions and linear layers, biases, norm affines, running means. Columns that read the unit keep
-their values, so a wrong index on either side shows. Activations in common use map zero to zero, so
-a masked channel stays silent from the layer that makes it to the layers that read it.
+A dropped channel can be masked in two places. At its source: everything that makes it is zero, rows
+of convolutions and linear layers, biases, norm affines. Or at its readers: the columns that read it
+are zero. Either way the other side keeps its values, so a wrong index on any side shows. Both agree
+where operations in between map zero to zero; a sigmoid does not, so there only the readers can be
+masked; and a product of two activations reads without columns, so there only the source can.
 
-Both sides run in fp64 on the CPU: rounding and reduced-precision kernels cannot hide an error or
+Everything runs in fp64 on the CPU: rounding and reduced-precision kernels cannot hide an error or
 feign one.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sigmabranch.coupling.cut import Keep, dropped_units
-from sigmabranch.coupling.map import Axis, CouplingMap
+from sigmabranch.coupling.map import Axis, CouplingMap, Role
 from sigmabranch.coupling.trace import evaluating
 from sigmabranch.errors import ConversionError
 
@@ -28,20 +29,30 @@ from sigmabranch.errors import ConversionError
 TOLERANCE = 1e-5
 
 
+#: Roles of the tensors that are zeroed to mask a unit where it is made, and where it is read.
+SOURCE: tuple[Role, ...] = ("makes", "scales")
+READERS: tuple[Role, ...] = ("reads",)
+
+
 def masked_state(
-    state: Mapping[str, Tensor], coupling: CouplingMap, keep: Keep
+    state: Mapping[str, Tensor], coupling: CouplingMap, keep: Keep, roles: Sequence[Role] = SOURCE
 ) -> dict[str, Tensor]:
     """The dense state in which the units that ``keep`` leaves out are silent.
 
-    Tensors that change are copies, the others are those of ``state``. Running variances and the
-    columns of consumers are not touched.
+    Tensors that change are copies, the others are those of ``state``.
+
+    Args:
+        state: tensors of the traced network, all or some.
+        coupling: its map.
+        keep: what is kept, as given to :func:`~sigmabranch.coupling.plan_slices`.
+        roles: which tensors are zeroed at the positions of the dropped units.
     """
     dropped = dropped_units(coupling, keep)
     masked = dict(state)
     for name in coupling.axes.keys() & state.keys():
         for axis, units in coupling.axes[name].items():
             silent = torch.isin(units, dropped)
-            if coupling.roles[name, axis] != "reads" and bool(silent.any()):
+            if coupling.roles[name, axis] in roles and bool(silent.any()):
                 where = silent.nonzero().flatten().to(masked[name].device)
                 masked[name] = masked[name].detach().index_fill(axis, where, 0)
     return masked
@@ -85,11 +96,13 @@ def verify_slice(
     muted, gathered = (_on_channels(act, feature, entry_axes, dropped) for act in (_mute, _gather))
     with torch.no_grad(), evaluating(dense, sliced):
         found = _run_sliced(sliced, gathered, where)
-        expected = _run_masked(dense, paths, muted, coupling, keep)
-    expected = _on_channels(_gather, expected, exit_axes, dropped)
-    error = _relative_error(found, expected, where)
-    # Not "error > TOLERANCE": a NaN must fail too.
-    if not error <= TOLERANCE and not coupling.inexact.keys() & set(dropped.tolist()):
+        for roles in (SOURCE, READERS):
+            expected = _run_masked(dense, paths, muted, coupling, keep, roles)
+            expected = _on_channels(_gather, expected, exit_axes, dropped)
+            error = _relative_error(found, expected, where)
+            if error <= TOLERANCE:
+                return error
+    if coupling.inexact.keys().isdisjoint(dropped.tolist()):
         raise ConversionError(
             f"sliced {where} differs from the masked dense network by {error:.1e} relative "
             f"(at most {TOLERANCE:.0e}): these channels cannot be cut exactly"
@@ -104,13 +117,18 @@ def _watched(coupling: CouplingMap, module: str) -> Sequence[Axis | None]:
 
 
 def _run_masked(
-    dense: nn.Module, paths: Sequence[str], feature: Any, coupling: CouplingMap, keep: Keep
+    dense: nn.Module,
+    paths: Sequence[str],
+    feature: Any,
+    coupling: CouplingMap,
+    keep: Keep,
+    roles: Sequence[Role],
 ) -> Any:
     for path in paths:
         module = _precise(dense.get_submodule(path))
         prefix = f"{path}." if path else ""
         state = {prefix + name: tensor for name, tensor in module.state_dict().items()}
-        masked = masked_state(state, coupling, keep)
+        masked = masked_state(state, coupling, keep, roles)
         module.load_state_dict({name.removeprefix(prefix): t for name, t in masked.items()})
         feature = module(feature)
     return feature

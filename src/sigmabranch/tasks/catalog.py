@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from sigmabranch.backbones import ResNetSpec
+from sigmabranch.conversion import ConversionSpec
 from sigmabranch.errors import ConfigError
 from sigmabranch.tasks.task import DataSpec, Task
 from sigmabranch.training import FinetuneRecipe, Recipe
@@ -24,6 +25,7 @@ _DIGITS = Task(
         classes=10,
     ),
     tree=TreeSpec(projection_dim=16),
+    conversion=ConversionSpec(centred=True, balanced=True),
     dense=Recipe(epochs=30, batch_size=64, lr=0.1, warmup_epochs=2, label_smoothing=0.0),
     finetune=FinetuneRecipe(
         epochs=15,
@@ -32,6 +34,8 @@ _DIGITS = Task(
         warmup_epochs=1,
         label_smoothing=0.0,
         node_grad_scale=True,
+        resp_prior=True,
+        balance_weight=0.3,
     ),
 )
 

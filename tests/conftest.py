@@ -1,0 +1,54 @@
+"""A small dense network and small data that several rooms' tests convert."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sigmabranch.backbones import ResNet, ResNetSpec
+
+CLASSES = 5
+
+
+def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Random statistics and affines in place, so that no zero or one hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in net.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
+        if name.endswith(("running_mean", "bias")):
+            tensor.normal_(0, 0.1, generator=generator)
+        elif tensor.ndim == 1:
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        else:
+            fan_in = tensor[0].numel()
+            tensor.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
+    return net.eval()
+
+
+@pytest.fixture(scope="session")
+def dense() -> ResNet:
+    """A bottleneck ResNet with stages of 16, 16, 32 and 48 channels, on 1x8x8 images."""
+    spec = ResNetSpec(
+        layers=(1, 1, 2, 1),
+        planes=(4, 4, 8, 12),
+        strides=(1, 2, 1, 2),
+        stem="cifar",
+        stem_width=8,
+        in_channels=1,
+        classes=CLASSES,
+    )
+    net = ResNet(spec)
+    randomise(net)
+    return net
+
+
+@pytest.fixture(scope="session")
+def batches() -> list[tuple[Tensor, Tensor]]:
+    """96 images of five classes, each class around an image of its own, in three batches."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(96) % CLASSES
+    centre = torch.randn(CLASSES, 1, 8, 8, generator=generator)
+    x = centre[y] + 0.5 * torch.randn(96, 1, 8, 8, generator=generator)
+    return list(zip(x.split(32), y.split(32), strict=True))
