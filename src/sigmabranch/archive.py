@@ -6,12 +6,15 @@ manifest checks out is complete. No pickle is ever written or read.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from sigmabranch import files
@@ -27,7 +30,7 @@ def write_archive(
     described: Mapping[str, Any],
     documents: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a network's tensors and description, each file atomically and the manifest last.
+    """Write a network's tensors and description: all files or none, the manifest last.
 
     Args:
         folder: created if absent.
@@ -38,18 +41,25 @@ def write_archive(
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    folder, documents = Path(folder), documents or {}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    with files.atomic_write(folder / WEIGHTS) as temporary:
-        temporary.write_bytes(safetensors.torch.save(tensors))
-    for name, content in documents.items():
-        files.write_json(folder / name, content)
+    folder = Path(folder)
+    # Copies: tensors that share memory could not be stored.
+    tensors = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in state.items()
+    }
+    contents = {WEIGHTS: safetensors.torch.save(tensors)}
+    contents |= {name: files.json_bytes(content) for name, content in (documents or {}).items()}
     listed = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": files.sha256(folder / name)}
-        for name in (WEIGHTS, *documents)
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in contents.items()
     }
     header = {"format": "sigmabranch", "schema": SCHEMA}
-    files.write_json(folder / MANIFEST, {**header, **described, "files": listed})
+    contents[MANIFEST] = files.json_bytes({**header, **described, "files": listed})
+    with ExitStack() as stack:
+        # Files are replaced in the reverse of this order, once all of them are written.
+        for name in reversed(contents):
+            temporary = stack.enter_context(files.atomic_write(folder / name))
+            temporary.write_bytes(contents[name])
 
 
 def read_manifest(folder: Path | str, kind: str | None = None) -> dict[str, Any]:
@@ -71,7 +81,10 @@ def read_manifest(folder: Path | str, kind: str | None = None) -> dict[str, Any]
         )
     if kind is not None and manifest.get("kind") != kind:
         raise CheckpointError(f"{folder} holds a {manifest.get('kind')} network, need a {kind} one")
-    for name, expected in manifest["files"].items():
+    listed = manifest.get("files")
+    if not isinstance(listed, dict) or WEIGHTS not in listed:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: it lists no weights; copy it again")
+    for name, expected in listed.items():
         _check_file(folder, name, expected)
     return manifest
 
@@ -103,3 +116,8 @@ def fill(model: nn.Module, folder: Path | str) -> None:
     except (safetensors.SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path} does not fit its manifest: {reason}") from error
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"{path} does not hold {name}, which the network computes when it is made"
+            )

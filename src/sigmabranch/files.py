@@ -48,9 +48,14 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 
 def write_json(path: Path | str, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically; NaN and infinity are refused."""
-    text = json.dumps(value, indent=1, allow_nan=False)
+    content = json_bytes(value)
     with atomic_write(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_bytes(content)
+
+
+def json_bytes(value: Any) -> bytes:
+    """``value`` as the bytes of a JSON file; NaN and infinity are refused."""
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path | str) -> Any:

@@ -6,7 +6,9 @@ Neither the dense checkpoint nor any code from the file is needed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,15 @@ import torch
 from torch import nn
 
 from sigmabranch import files
-from sigmabranch.archive import fill, read_manifest, write_archive
-from sigmabranch.backbones import as_backbone, build
+from sigmabranch.archive import MANIFEST, fill, read_manifest, write_archive
+from sigmabranch.backbones import Backbone, as_backbone, build
 from sigmabranch.coupling import SlicePlan
-from sigmabranch.errors import CheckpointError
+from sigmabranch.errors import (
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    SigmaBranchError,
+)
 from sigmabranch.net import RECORD, SigmaBranchNet
 from sigmabranch.routing import Router
 from sigmabranch.tree import NodeId, TreeSpec, node_key
@@ -31,24 +38,27 @@ def save_dense(
     write_archive(folder, model.state_dict(), described)
 
 
-def load_net(folder: Path | str, skeleton: nn.Module | None = None) -> SigmaBranchNet:
+def load_net(folder: Path | str, skeleton: nn.Module | Backbone | None = None) -> SigmaBranchNet:
     """Read a branched network back, in eval mode on the CPU.
 
     Args:
         folder: written by :meth:`SigmaBranchNet.save`.
-        skeleton: a dense network of the same shape (weights do not matter), needed only for a
-            network of the user's own that this library cannot build by itself.
+        skeleton: a dense network of the same shape, as it was given to ``convert`` (it is read,
+            never changed, and its weights do not matter); needed only for a network of the user's
+            own that this library cannot build by itself.
 
     Raises:
         CheckpointError: a file is missing, damaged or of another kind, schema or shape.
     """
     folder = Path(folder)
     manifest = read_manifest(folder, "branched")
-    tree = TreeSpec.from_dict(manifest["tree"])
-    plans = {_node(tree, key): SlicePlan.from_dict(p) for key, p in manifest["plans"].items()}
-    channels = {_node(tree, key): count for key, count in manifest["router_channels"].items()}
-    net = _skeleton(_dense_skeleton(manifest, skeleton, folder), tree, plans, channels)
-    net.source, net.record = manifest["source"], files.read_json(folder / RECORD)
+    backbone = _dense_skeleton(manifest, skeleton, folder)
+    with _described(folder):
+        tree = TreeSpec.from_dict(manifest["tree"])
+        plans = {_node(tree, key): SlicePlan.from_dict(p) for key, p in manifest["plans"].items()}
+        channels = {_node(tree, key): count for key, count in manifest["router_channels"].items()}
+        net = _skeleton(backbone, tree, plans, channels)
+        net.source, net.record = manifest["source"], files.read_json(folder / RECORD)
     fill(net, folder)
     return net.eval()
 
@@ -56,32 +66,44 @@ def load_net(folder: Path | str, skeleton: nn.Module | None = None) -> SigmaBran
 def load_dense(folder: Path | str) -> nn.Module:
     """Read a dense network back, in eval mode on the CPU; raises as :func:`load_net` does."""
     folder = Path(folder)
-    model = _dense_skeleton(read_manifest(folder, "dense"), None, folder)
+    model = _dense_skeleton(read_manifest(folder, "dense"), None, folder).model
     fill(model, folder)
     return model.eval()
 
 
+@contextmanager
+def _described(folder: Path) -> Iterator[None]:
+    """Building from a manifest: whatever does not fit together is the manifest's fault."""
+    try:
+        yield
+    except (ConfigError, ConversionError, AttributeError, KeyError, TypeError) as error:
+        reason = str(error) if isinstance(error, SigmaBranchError) else repr(error)
+        raise CheckpointError(
+            f"{folder / MANIFEST} does not describe this network: {reason}"
+        ) from error
+
+
 def _dense_skeleton(
-    manifest: Mapping[str, Any], skeleton: nn.Module | None, folder: Path
-) -> nn.Module:
+    manifest: Mapping[str, Any], skeleton: nn.Module | Backbone | None, folder: Path
+) -> Backbone:
     if skeleton is not None:
-        return skeleton.to("meta")
-    if manifest["source"] is None:
+        backbone = as_backbone(skeleton)
+        return replace(backbone, model=copy.deepcopy(backbone.model).to("meta"))
+    if manifest.get("source") is None:
         raise CheckpointError(
             f"{folder} was made from a network of your own: pass one of the same shape as skeleton"
         )
-    with torch.device("meta"):
-        return build(manifest["source"])
+    with _described(folder), torch.device("meta"):
+        return as_backbone(build(manifest["source"]))
 
 
 def _skeleton(
-    dense: nn.Module,
+    backbone: Backbone,
     tree: TreeSpec,
     plans: Mapping[NodeId, SlicePlan],
     router_channels: Mapping[NodeId, int],
 ) -> SigmaBranchNet:
     """A branched network of the right shapes, without values."""
-    backbone = as_backbone(dense)
     levels = backbone.levels(tree.depth, tree.cuts)
     specializers, heads = {}, {}
     for node in tree.specializers:

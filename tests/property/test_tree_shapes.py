@@ -6,10 +6,14 @@ import json
 import math
 
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from sigmabranch.errors import ConfigError
+from sigmabranch.net import SigmaBranchNet
+from sigmabranch.routing import Router, Routes
 from sigmabranch.tree import TreeSpec, node_key
 
 
@@ -115,3 +119,39 @@ def test_leaves_out_of_order_are_refused(tree, random):
     assume(tuple(shuffled) != tree.leaves)
     with pytest.raises(ConfigError, match="left-to-right"):
         TreeSpec(leaves=tuple(shuffled))
+
+
+@given(trees(), st.integers(0, 2**16))
+def test_index_tables_walk_the_tree_as_a_person_would(tree, seed):
+    generator = torch.Generator().manual_seed(seed)
+    branch_BIK = torch.randn(8, len(tree.inner), 2, generator=generator).log_softmax(-1)
+    found = Routes(tree).hard(branch_BIK)
+    for sample, branch_IK in enumerate(branch_BIK.tolist()):
+        node = ()
+        while node not in tree.leaves:
+            left, right = branch_IK[tree.inner.index(node)]
+            node = (*node, int(right > left))
+        assert tree.leaves[found[sample]] == node
+
+
+@settings(max_examples=25)
+@given(trees(max_leaves=6), st.integers(0, 2**16))
+def test_leaf_probabilities_of_any_tree_sum_to_one(tree, seed):
+    torch.manual_seed(seed)
+    tree = TreeSpec(leaves=tree.leaves, projection_dim=3)
+    net = SigmaBranchNet(
+        tree=tree,
+        trunk=nn.Identity(),
+        specializers={node: nn.Linear(4, 4) for node in tree.specializers},
+        routers={node: Router(4, nn.Identity(), tree) for node in tree.inner},
+        heads={leaf: nn.Linear(4, 2) for leaf in tree.leaves},
+        plans={},
+        source=None,
+        record={},
+    ).eval()
+    x = torch.randn(6, 4)
+    with torch.no_grad():
+        soft, hard = net.soft(x), net.hard(x)
+    assert torch.allclose(soft.log_prob.exp().sum(1), torch.ones(6))
+    chosen = soft.logits[torch.arange(6), hard.leaf]
+    assert torch.allclose(hard.logits, chosen, atol=1e-6)

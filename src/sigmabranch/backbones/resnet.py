@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sigmabranch.backbones.base import Backbone, GlobalAveragePool
 from sigmabranch.errors import ConfigError
+from sigmabranch.fields import from_fields, to_fields
 
 _EXPANSION = {"basic": 1, "bottleneck": 4}
 _STEMS = {"imagenet": (7, 2), "cifar": (3, 1), "small": (3, 2)}
@@ -58,18 +59,12 @@ class ResNetSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; :meth:`from_dict` is its inverse."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {name: to_fields(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> ResNetSpec:
         """Inverse of :meth:`to_dict`; unknown keys raise :class:`ConfigError`."""
-        unknown = set(value) - set(cls.__dataclass_fields__)
-        if unknown:
-            raise ConfigError(f"unknown ResNet key {sorted(unknown)[0]!r}")
-        fields: dict[str, Any] = {
-            key: tuple(item) if isinstance(item, list) else item for key, item in value.items()
-        }
-        return cls(**fields)
+        return from_fields(cls, "ResNet", value)
 
 
 class Bottleneck(nn.Module):

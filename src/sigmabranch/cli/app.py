@@ -7,22 +7,36 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from sigmabranch.cli import convert, count, demo, evaluate, finetune, run, train
 from sigmabranch.errors import SigmaBranchError
 from sigmabranch.tasks import Stopped
+from sigmabranch.version import __version__
 
 app = typer.Typer(
     name="sigmabranch",
-    help="Turn a dense network into one that runs a single root-to-leaf path per input.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Turn a dense network into one that runs a single root-to-leaf path per input."""
+    if version:
+        print(__version__)
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
 app.command("demo")(demo.command)
 app.command("run")(run.command)
 app.command("train")(train.command)

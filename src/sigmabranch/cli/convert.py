@@ -22,7 +22,7 @@ def command(
     settings: options.Set = None,
     as_json: options.Json = False,
 ) -> None:
-    """Convert the network DENSE and measure it before any fine-tuning."""
+    """Make a dense network branched; no fine-tuning yet."""
     task, old_seed = read_source(dense, "dense", settings)
     with Screen().live() as screen:
         chain = Chain(

@@ -17,7 +17,7 @@ def command(
     settings: options.Set = None,
     as_json: options.Json = False,
 ) -> None:
-    """See a dense network become a branched one, on handwritten digits, in a few minutes."""
+    """See the whole method on digits, in a few minutes."""
     task = find_task("digits-resnet").with_settings(settings or ())
     with Screen().live() as screen:
         screen.say(f"{task.name}: {task.summary}")

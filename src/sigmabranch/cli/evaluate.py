@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
+from sigmabranch import files
 from sigmabranch.archive import read_manifest
 from sigmabranch.cli import options
 from sigmabranch.cli.screen import print_result
@@ -22,16 +23,21 @@ from sigmabranch.training import resolve_device
 def command(
     net: Annotated[Path, typer.Argument(help="Folder of a dense or branched network.")],
     data: options.Data = None,
+    out: options.OutFile = None,
+    seed: options.SameSeed = None,
     device: options.Device = "auto",
     settings: options.Set = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure NET on the held-out split: accuracy, routing, and what the routing is worth."""
-    task, seed = read_source(net, None, settings)
+    """Measure a saved network on its held-out split."""
+    task, saved_seed = read_source(net, None, settings)
     where: torch.device = resolve_device(device)
     batches = ordered(open_task_data(task, data, where).test)
     if read_manifest(net)["kind"] == "dense":
         accuracy = evaluate_dense(load_dense(net).to(where), batches)
     else:
-        accuracy = evaluate(load_net(net).to(where), batches, seed=seed)
+        shuffle = saved_seed if seed is None else seed
+        accuracy = evaluate(load_net(net).to(where), batches, seed=shuffle)
+    if out is not None:
+        files.write_json(out, accuracy)
     print_result(accuracy, accuracy_table(accuracy).to_text(), as_json)

@@ -23,7 +23,7 @@ def command(
     max_minutes: options.MaxMinutes = None,
     as_json: options.Json = False,
 ) -> None:
-    """Fine-tune the branched network NET with soft routing and measure it on hard paths."""
+    """Train all paths of a branched network together."""
     task, old_seed = read_source(net, "branched", settings)
     dense = net.resolve().parent / "dense"
     with Screen().live() as screen:

@@ -7,6 +7,10 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+from sigmabranch.tasks import TASKS
+
+TASK_HELP = f"One of {', '.join(TASKS)}."
+
 Data: TypeAlias = Annotated[
     Path | None,
     typer.Option(help="Folder of the data set; the embedded ones need none.", show_default=False),
@@ -20,6 +24,9 @@ OutBeside: TypeAlias = Annotated[
     typer.Option(
         help="Folder for everything this command writes.", show_default="beside the input"
     ),
+]
+OutFile: TypeAlias = Annotated[
+    Path | None, typer.Option(help="Also write the result's JSON here.", show_default=False)
 ]
 SameSeed: TypeAlias = Annotated[
     int | None, typer.Option(help="Another seed than the input's.", min=0, show_default=False)

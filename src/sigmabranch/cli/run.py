@@ -17,7 +17,7 @@ from sigmabranch.training import routing_alarms
 
 
 def command(
-    task: Annotated[str, typer.Argument(help="Name of the task, e.g. digits-resnet.")],
+    task: Annotated[str, typer.Argument(help=options.TASK_HELP)],
     data: options.Data = None,
     out: options.Out = None,
     seed: options.Seed = 0,
@@ -33,14 +33,12 @@ def command(
         Path | None,
         typer.Option(help="Start from this trained dense network.", show_default=False),
     ] = None,
-    result: Annotated[
-        Path | None, typer.Option(help="Also write the result's JSON here.", show_default=False)
-    ] = None,
+    result: options.OutFile = None,
     max_minutes: options.MaxMinutes = None,
     resume: options.Resume = True,
     as_json: options.Json = False,
 ) -> None:
-    """Train, convert, fine-tune, measure and report TASK; repeat it to continue a stopped run."""
+    """Run all steps of a task; repeat it to continue."""
     chosen = find_task(task).with_settings(settings or ())
     check_controls(control or ())
     with Screen().live() as screen:

@@ -13,7 +13,7 @@ from sigmabranch.tasks import Chain, find_task
 
 
 def command(
-    task: Annotated[str, typer.Argument(help="Name of the task, e.g. digits-resnet.")],
+    task: Annotated[str, typer.Argument(help=options.TASK_HELP)],
     data: options.Data = None,
     out: options.Out = None,
     seed: options.Seed = 0,
@@ -23,7 +23,7 @@ def command(
     resume: options.Resume = True,
     as_json: options.Json = False,
 ) -> None:
-    """Train the dense network of TASK; convert and run continue from it."""
+    """Train the dense network of a task."""
     chosen = find_task(task).with_settings(settings or ())
     with Screen().live() as screen:
         chain = Chain(

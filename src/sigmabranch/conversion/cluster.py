@@ -18,9 +18,10 @@ from torch import Tensor
 
 from sigmabranch.errors import ConfigError, ConversionError, NumericError
 
-# Restarts first settle on about so many samples, evenly spaced: most of them turn out to be the
-# same partition, and the others have little left to do on all samples.
+# With at least twice as many samples as settle, all restarts converge on a regular part of them,
+# and only the finalists go on with all: the outcomes of many restarts hardly differ.
 SETTLING_SAMPLES = 8192
+FINALISTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +74,16 @@ def spherical_kmeans(
     """Partition latents by direction (Dhillon & Modha, 2001), best of several seedings.
 
     Seeds are drawn as in k-means++ with cosine distance. A cluster that runs empty is re-seeded
-    with the sample that fits worst. From 16,384 samples on, the restarts first settle on a part of
-    them, and each distinct outcome goes on with all. Arithmetic is float64, so the result depends
-    on the samples and the seed alone.
+    with the sample that fits worst. Many samples (16,384 or more) are first clustered in part, and
+    the best three outcomes of that then with all. Arithmetic is float64, so the result depends on
+    the seed alone.
 
     Args:
         latent_ND: (N, D) float, on any device; this process's samples.
         clusters: K.
         restarts: seedings tried side by side; the best objective wins.
-        iterations: at most this many rounds over all samples; it stops when no assignment changes.
+        iterations: at most this many rounds on the same samples; a restart ends when no assignment
+            changes.
         centred: subtract the mean latent first, so that a common direction cannot hide the split.
         balanced: halve the samples at every round (K = 2 only).
         seed: of the seeding.
@@ -94,22 +96,21 @@ def spherical_kmeans(
     """
     if balanced and clusters != 2:
         raise ConfigError(f"balanced clusters come in pairs, got {clusters}: turn balancing off")
-    count = int(shards.sum(torch.tensor(len(latent_ND), device=latent_ND.device)))
-    if count < clusters:
-        raise ConversionError(
-            f"{count} calibration samples cannot make {clusters} clusters: calibrate on more data"
-        )
     if not bool(torch.isfinite(latent_ND).all()):
         raise NumericError("a latent is NaN or infinite: check the dense network and the input")
     rounds = _Rounds(latent_ND, clusters, centred=centred, balanced=balanced, shards=shards)
+    if rounds.count < clusters:
+        raise ConversionError(
+            f"{rounds.count} calibration samples cannot make {clusters} clusters: "
+            "calibrate on more data"
+        )
     generator = torch.Generator().manual_seed(seed)
-    stride = count // SETTLING_SAMPLES
+    stride = rounds.count // SETTLING_SAMPLES
     if stride < 2:
-        centroid_RKD = rounds.seeded(restarts, generator)
-    else:
-        part = rounds.thinned(stride)
-        centroid_RKD = part.distinct(part.run(part.seeded(restarts, generator), iterations))
-    return rounds.best(rounds.run(centroid_RKD, iterations))
+        return rounds.best(rounds.run(rounds.seeded(restarts, generator), iterations))
+    part = rounds.thinned(stride)
+    settled_RKD = part.run(part.seeded(restarts, generator), iterations)
+    return rounds.best(rounds.run(rounds.leading(settled_RKD, FINALISTS), iterations))
 
 
 class _Rounds:
@@ -120,37 +121,23 @@ class _Rounds:
     ) -> None:
         self.clusters, self.balanced, self.shards = clusters, balanced, shards
         latent_ND = latent_ND.double()
+        self.count = self._count(latent_ND)
         self.mean_D = torch.zeros_like(latent_ND[:1]).sum(0)
         if centred:
-            total = shards.sum(torch.tensor(len(latent_ND), device=latent_ND.device))
-            self.mean_D = shards.sum(latent_ND.sum(0)) / total
+            self.mean_D = shards.sum(latent_ND.sum(0)) / self.count
         self.latent_ND = latent_ND - self.mean_D
         self.unit_ND = torch.nn.functional.normalize(self.latent_ND, dim=1)
 
-    @property
-    def count(self) -> int:
+    def _count(self, latent_ND: Tensor) -> int:
         """Samples of all processes."""
-        return int(self.shards.sum(torch.tensor(len(self.unit_ND), device=self.unit_ND.device)))
+        return int(self.shards.sum(torch.tensor(len(latent_ND), device=latent_ND.device)))
 
     def thinned(self, stride: int) -> _Rounds:
-        """The same for every ``stride``-th sample, about the same mean."""
+        """The same for every ``stride``-th sample, with the mean of all."""
         part = copy.copy(self)
         part.latent_ND, part.unit_ND = self.latent_ND[::stride], self.unit_ND[::stride]
+        part.count = self._count(part.latent_ND)
         return part
-
-    def run(self, centroid_RKD: Tensor, iterations: int) -> Tensor:
-        """Assign and update in turn; a restart rests once none of its assignments changes."""
-        centroid_RKD = centroid_RKD.clone()
-        open_R = torch.arange(len(centroid_RKD))
-        previous_NR = torch.full_like(self.unit_ND[:, :1], -1, dtype=torch.int64)
-        for _ in range(iterations):
-            assignment_NR = self.assign(centroid_RKD[open_R])
-            changed_R = self.shards.sum((assignment_NR != previous_NR).sum(0)).cpu() > 0
-            open_R, previous_NR = open_R[changed_R], assignment_NR[:, changed_R]
-            if not len(open_R):
-                break
-            centroid_RKD[open_R] = self.update(previous_NR, centroid_RKD[open_R])
-        return centroid_RKD
 
     def seeded(self, restarts: int, generator: torch.Generator) -> Tensor:
         """k-means++ seeds, (R, K, D): each next one with probability ∝ cosine distance."""
@@ -185,40 +172,73 @@ class _Rounds:
             return self.shards.sum(self.unit_ND[index].clone())
         return self.shards.sum(torch.zeros_like(self.mean_D))
 
-    def assign(self, centroid_RKD: Tensor) -> Tensor:
-        """Best cluster of every sample under every restart: (N, R) int64."""
-        logit_NRK = torch.einsum("nd,rkd->nrk", self.latent_ND, centroid_RKD)
-        return (logit_NRK + self._threshold(logit_NRK)).argmax(-1)
+    def run(self, centroid_RKD: Tensor, iterations: int) -> Tensor:
+        """Assign and average in turn; a restart rests once none of its assignments changes.
 
-    def _threshold(self, logit_NRK: Tensor) -> Tensor:
-        """(R, K) added to the logits: what makes both halves equally large, or zero."""
-        offset_RK = logit_NRK.new_zeros(logit_NRK.shape[1:])
+        The sums are kept and corrected by the samples that moved, which soon are few.
+        """
+        open_R = torch.arange(len(centroid_RKD))
+        sum_RKD, size_RK = torch.zeros_like(centroid_RKD), torch.zeros_like(centroid_RKD[..., 0])
+        cluster_RN = torch.full((len(open_R), len(self.unit_ND)), -1, device=sum_RKD.device)
+        for _ in range(iterations):
+            nearest_RN = self._assign(centroid_RKD[open_R])
+            moved_RN = nearest_RN != cluster_RN
+            moving_R = self.shards.sum(moved_RN.sum(1)).cpu() > 0
+            if not bool(moving_R.any()):
+                break
+            rows_M = moved_RN.any(0).nonzero().flatten()
+            change_RKM = self._member(nearest_RN[:, rows_M]) - self._member(cluster_RN[:, rows_M])
+            sum_RKD[open_R] += self.shards.sum(change_RKM @ self.unit_ND[rows_M])
+            size_RK[open_R] += self.shards.sum(change_RKM.sum(-1))
+            open_R, cluster_RN = open_R[moving_R], nearest_RN[moving_R]
+            centroid_RKD[open_R] = self._average(
+                sum_RKD[open_R], size_RK[open_R], centroid_RKD[open_R]
+            )
+        return centroid_RKD
+
+    def _assign(self, centroid_RKD: Tensor) -> Tensor:
+        """Best cluster of every sample under every restart: (R, N) int64."""
+        lead_RJN = self._lead(centroid_RKD)
+        best_RN, rival_RN = lead_RJN.max(1)
+        return (rival_RN + 1) * (best_RN > self._threshold(lead_RJN)[:, None])
+
+    def _lead(self, centroid_RKD: Tensor) -> Tensor:
+        """How far each of the J = K − 1 other clusters is ahead of the first: (R, J, N)."""
+        rival_RJD = centroid_RKD[:, 1:] - centroid_RKD[:, :1]
+        lead_XN = rival_RJD.flatten(0, 1) @ self.latent_ND.T
+        return lead_XN.unflatten(0, rival_RJD.shape[:2])
+
+    def _threshold(self, lead_RJN: Tensor) -> Tensor:
+        """What a lead must exceed: zero, or the median for halves of equal size; (R,)."""
         if self.balanced:
-            offset_RK[:, 0] = self._median(logit_NRK[..., 1] - logit_NRK[..., 0])
-        return offset_RK
+            return self._median(lead_RJN[:, 0])
+        return lead_RJN.new_zeros(len(lead_RJN))
 
-    def _median(self, value_NR: Tensor) -> Tensor:
-        """Median over the samples of all processes, by bisection on counts: (R,)."""
-        count = self.shards.sum(torch.tensor(len(value_NR), device=value_NR.device))
-        bound = self._by_rank(value_NR.abs().amax() if len(value_NR) else self.mean_D.sum()).amax()
-        low_R = value_NR.new_zeros(value_NR.shape[1]) - bound
-        high_R = -low_R
+    def _median(self, value_RN: Tensor) -> Tensor:
+        """A value with half the samples of all processes above it, by bisection: (R,)."""
+        bound = self._by_rank(value_RN.abs().amax() if value_RN.numel() else self.mean_D.sum())
+        high_R = bound.amax().expand(len(value_RN))
+        low_R, half = -high_R, self.count // 2
         for _ in range(60):
             middle_R = (low_R + high_R) / 2
-            above_R = self.shards.sum((value_NR > middle_R).sum(0))
-            low_R = torch.where(2 * above_R > count, middle_R, low_R)
-            high_R = torch.where(2 * above_R > count, high_R, middle_R)
+            above_R = self.shards.sum((value_RN > middle_R[:, None]).sum(1))
+            low_R = torch.where(above_R >= half, middle_R, low_R)
+            high_R = torch.where(above_R <= half, middle_R, high_R)
+            if bool((low_R == high_R).all()):
+                break
         return high_R
 
-    def update(self, assignment_NR: Tensor, centroid_RKD: Tensor) -> Tensor:
-        """Mean directions of the assigned samples; empty clusters take the worst-fit sample."""
-        one_hot_NRK = torch.nn.functional.one_hot(assignment_NR, self.clusters).double()
-        sums_RKD = self.shards.sum(torch.einsum("nrk,nd->rkd", one_hot_NRK, self.unit_ND))
-        sizes_RK = self.shards.sum(one_hot_NRK.sum(0))
-        updated_RKD = torch.nn.functional.normalize(sums_RKD, dim=-1)
-        for restart, cluster in (sizes_RK == 0).nonzero().tolist():
-            updated_RKD[restart, cluster] = self._worst_fit(centroid_RKD[restart])
-        return updated_RKD
+    def _member(self, cluster_RN: Tensor) -> Tensor:
+        """One where a sample belongs to a cluster, (R, K, N) float64; cluster −1 is none."""
+        number_K1 = torch.arange(self.clusters, device=cluster_RN.device)[:, None]
+        return (cluster_RN[:, None] == number_K1).double()
+
+    def _average(self, sum_RKD: Tensor, size_RK: Tensor, old_RKD: Tensor) -> Tensor:
+        """Mean directions; an empty cluster takes the sample that fits the old ones worst."""
+        centroid_RKD = torch.nn.functional.normalize(sum_RKD, dim=-1)
+        for restart, cluster in (size_RK == 0).nonzero().tolist():
+            centroid_RKD[restart, cluster] = self._worst_fit(old_RKD[restart])
+        return centroid_RKD
 
     def _worst_fit(self, centroid_KD: Tensor) -> Tensor:
         best_N = (self.unit_ND @ centroid_KD.T).amax(1)
@@ -226,44 +246,39 @@ class _Rounds:
         owner = int(self._by_rank(worst).argmin())
         return self._from_owner(owner, int(best_N.argmin()) if len(best_N) else 0)
 
-    def distinct(self, centroid_RKD: Tensor) -> Tensor:
-        """One restart of each outcome; the same objective to nine digits is the same partition."""
-        objective_R = self._objective(self._own_cosine(centroid_RKD))
-        restart_of = {value: r for r, value in enumerate(objective_R.round(decimals=9).tolist())}
-        return centroid_RKD[list(restart_of.values())]
+    def leading(self, centroid_RKD: Tensor, number: int) -> Tensor:
+        """The restarts with the largest objectives, best first."""
+        _, objective_R = self._fit(centroid_RKD)
+        return centroid_RKD[objective_R.argsort(descending=True, stable=True)[:number]]
 
-    def _own_cosine(self, centroid_RKD: Tensor) -> Tensor:
-        """Cosine of every sample with its centroid under every restart: (N, R)."""
-        cosine_NRK = torch.einsum("nd,rkd->nrk", self.unit_ND, centroid_RKD)
-        return cosine_NRK.gather(2, self.assign(centroid_RKD)[..., None]).squeeze(-1)
-
-    def _objective(self, own_NR: Tensor) -> Tensor:
-        return self.shards.sum(own_NR.sum(0)) / self.count
+    def _fit(self, centroid_RKD: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine of every sample with its centroid, (R, N), and the mean over all samples, (R,)."""
+        cosine_RKN = centroid_RKD @ self.unit_ND.T
+        own_RN = cosine_RKN.gather(1, self._assign(centroid_RKD)[:, None]).squeeze(1)
+        return own_RN, self.shards.sum(own_RN.sum(1)) / self.count
 
     def best(self, centroid_RKD: Tensor) -> Clusters:
         """The restart with the largest objective, as a router."""
-        own_NR = self._own_cosine(centroid_RKD)
-        objective_R = self._objective(own_NR)
+        own_RN, objective_R = self._fit(centroid_RKD)
         winner = int(objective_R.argmax())
-        centroid_KD = centroid_RKD[winner]
-        logit_N1K = torch.einsum("nd,rkd->nrk", self.latent_ND, centroid_KD[None])
-        threshold_1K = self._threshold(logit_N1K)
-        assignment_N = (logit_N1K + threshold_1K).argmax(-1).squeeze(1)
-        one_hot_NK = torch.nn.functional.one_hot(assignment_N, self.clusters)
-        sizes_K = self.shards.sum(one_hot_NK.sum(0))
-        if int(sizes_K.min()) == 0:
+        centroid_KD, own_N = centroid_RKD[winner], own_RN[winner]
+        bias_K = torch.zeros_like(centroid_KD[:, 0])
+        bias_K[0] = self._threshold(self._lead(centroid_KD[None]))
+        assignment_N = (self.latent_ND @ centroid_KD.T + bias_K).argmax(1)
+        member_KN = self._member(assignment_N[None])[0]
+        size_K = self.shards.sum(member_KN.sum(1)).long()
+        if int(size_K.min()) == 0:
             raise ConversionError(
                 f"the {self.count} latents have fewer than {self.clusters} distinct directions: "
                 "calibrate on more varied data"
             )
-        cosine_NK = self.unit_ND @ centroid_KD.T
-        other_N = cosine_NK.masked_fill(one_hot_NK.bool(), -torch.inf).amax(1)
-        margin = self.shards.sum((own_NR[:, winner] - other_N).sum()) / self.count
+        cosine_KN = centroid_KD @ self.unit_ND.T
+        other_N = cosine_KN.masked_fill(member_KN.bool(), -torch.inf).amax(0)
         return Clusters(
             centroid=centroid_KD,
-            offset=threshold_1K[0] - centroid_KD @ self.mean_D,
+            offset=bias_K - centroid_KD @ self.mean_D,
             assignment=assignment_N,
-            sizes=tuple(sizes_K.tolist()),
+            sizes=tuple(size_K.tolist()),
             objective=float(objective_R[winner]),
-            margin=float(margin),
+            margin=float(self.shards.sum((own_N - other_N).sum()) / self.count),
         )

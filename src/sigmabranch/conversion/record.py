@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sigmabranch.conversion.cluster import Clusters
 from sigmabranch.errors import ConfigError
+from sigmabranch.fields import from_fields
 from sigmabranch.tree import NodeId, TreeSpec, node_key
 
 SCHEMA = 1
@@ -62,10 +63,7 @@ class ConversionSpec:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> ConversionSpec:
         """Inverse of :meth:`to_dict`; unknown keys raise :class:`ConfigError`."""
-        unknown = set(value) - set(cls.__dataclass_fields__)
-        if unknown:
-            raise ConfigError(f"unknown conversion key {sorted(unknown)[0]!r}")
-        return cls(**value)
+        return from_fields(cls, "conversion", value)
 
 
 _CLUSTERS = ("latents", "classes")

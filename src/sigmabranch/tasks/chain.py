@@ -14,9 +14,9 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from sigmabranch.archive import read_manifest
 from sigmabranch.backbones import ResNet
 from sigmabranch.conversion import class_targets, convert
 from sigmabranch.data import Dataset, EpochBatches, Split, derive_seed, open_data
-from sigmabranch.errors import CheckpointError, DataError
+from sigmabranch.errors import CheckpointError, DataError, MissingDependency
 from sigmabranch.measure import evaluate, evaluate_dense
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.saving import load_dense, load_net, save_dense
@@ -42,6 +42,7 @@ from sigmabranch.training import (
     FabricEngine,
     Objective,
     Recipe,
+    TensorBoardLog,
     fit,
 )
 
@@ -139,7 +140,7 @@ class Chain:
             with seeded(self.seed):
                 model = ResNet(self.task.model)
             self.train(model, self.task.dense, folder)
-            save_dense(model, folder, self._notes())
+            self._once(lambda: save_dense(model, folder, self._origin()))
         return load_dense(folder).to(self.engine.device)
 
     def converted(self) -> SigmaBranchNet:
@@ -153,7 +154,7 @@ class Chain:
                 spec=replace(self.task.conversion, seed=self.seed),
                 progress=self.calibrating,
             )
-            net.save(folder, self._notes())
+            self._once(lambda: net.save(folder, self._origin()))
         return load_net(folder).to(self.engine.device)
 
     def branched(self) -> SigmaBranchNet:
@@ -164,7 +165,7 @@ class Chain:
             teacher = self.dense() if recipe.distill_weight else None
             objective = BranchedObjective(recipe, teacher, class_targets(net.record))
             self._fit(net, objective, recipe, folder, evaluate)
-            net.save(folder, self._notes())
+            self._once(lambda: net.save(folder, self._origin()))
         return load_net(folder).to(self.engine.device)
 
     def train(self, model: nn.Module, recipe: Recipe, folder: Path) -> None:
@@ -193,12 +194,17 @@ class Chain:
         result = {
             **self._notes(),
             "provenance": provenance(self.engine.device),
+            "made": {step: self._made(step) for step in ("dense", "converted", "branched")},
             **self.measured(),
             "controls": dict(controls),
             "history": {step: self.history(step) for step in ("dense", "branched")},
         }
         files.write_json(self.folder / "result.json", result)
         return result
+
+    def _made(self, step: str) -> dict[str, Any] | None:
+        """Provenance of one step's network, which another command may have made."""
+        return read_manifest(self.folder / step)["notes"].get("provenance")
 
     def history(self, step: str) -> list[dict[str, Any]]:
         """The epochs of one training; none if its network came from elsewhere."""
@@ -234,7 +240,6 @@ class Chain:
             rank=self.engine.rank,
             world_size=self.engine.world_size,
         )
-        watch = self.watch
         result = fit(
             model,
             objective,
@@ -245,12 +250,33 @@ class Chain:
             seed=self.seed,
             identity=self._notes(),
             evaluate=lambda trained: _curves(measure(trained, ordered(self.dataset.test))),
-            progress=None if watch is None else lambda event: watch(folder.name, event),
+            progress=self._watchers(folder),
             max_minutes=self._minutes_left(),
         )
         if not result.complete:
             raise Stopped(result.reason, folder)
-        files.write_json(folder / "history.json", result.history)
+        self._once(lambda: files.write_json(folder / "history.json", result.history))
+
+    def _watchers(self, folder: Path) -> Callable[[Event], None]:
+        """Whoever called, and TensorBoard where it is installed."""
+        listeners: list[Callable[[Event], None]] = []
+        if self.engine.is_main:
+            with suppress(MissingDependency):
+                listeners.append(TensorBoardLog(folder / "tensorboard"))
+        if self.watch is not None:
+            listeners.append(partial(self.watch, folder.name))
+
+        def tell(event: Event) -> None:
+            for listener in listeners:
+                listener(event)
+
+        return tell
+
+    def _once(self, write: Callable[[], None]) -> None:
+        """Let one process write while the others wait."""
+        if self.engine.is_main:
+            write()
+        self.engine.barrier()
 
     def _minutes_left(self) -> float | None:
         if self.deadline is None:
@@ -259,6 +285,9 @@ class Chain:
 
     def _notes(self) -> dict[str, Any]:
         return {"task": self.task.to_dict(), "seed": self.seed}
+
+    def _origin(self) -> dict[str, Any]:
+        return {**self._notes(), "provenance": provenance(self.engine.device)}
 
 
 def open_task_data(task: Task, folder: Path | str | None, device: torch.device) -> Dataset:

@@ -11,6 +11,7 @@ from typing import Any
 from sigmabranch.backbones import ResNetSpec
 from sigmabranch.conversion import ConversionSpec
 from sigmabranch.errors import ConfigError
+from sigmabranch.fields import from_fields
 from sigmabranch.training import FinetuneRecipe, Recipe
 from sigmabranch.tree import TreeSpec
 
@@ -37,10 +38,7 @@ class DataSpec:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> DataSpec:
         """Inverse of :meth:`to_dict`; unknown keys raise :class:`ConfigError`."""
-        unknown = set(value) - set(cls.__dataclass_fields__)
-        if unknown:
-            raise ConfigError(f"unknown data key {sorted(unknown)[0]!r}")
-        return cls(**value)
+        return from_fields(cls, "data", value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

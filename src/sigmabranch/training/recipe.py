@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from sigmabranch.errors import ConfigError
+from sigmabranch.fields import from_fields, to_fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,10 +78,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; :meth:`from_dict` is its inverse."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
+        return {name: to_fields(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
@@ -91,13 +87,7 @@ class Recipe:
         Raises:
             ConfigError: an unknown key, or a value of the wrong type or range.
         """
-        hints = get_type_hints(cls)
-        for name in value:
-            if name not in hints:
-                near = " or ".join(difflib.get_close_matches(name, hints, n=3))
-                hint = f"did you mean {near}?" if near else f"known: {', '.join(hints)}"
-                raise ConfigError(f"unknown recipe key {name!r}: {hint}")
-        return cls(**{name: _typed(name, item, hints[name]) for name, item in value.items()})
+        return from_fields(cls, "recipe", value)
 
     def _require(self, wording: str, low: float, high: float, *names: str) -> None:
         for name in names:
@@ -158,23 +148,3 @@ class FinetuneRecipe(Recipe):
         return (
             self.resp_temperature * (self.resp_temperature_end / self.resp_temperature) ** progress
         )
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as the field's type; integers pass for floats, lists for tuples."""
-    if get_origin(hint) is Literal:
-        return value
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = get_args(hint)[0]
-    if get_origin(hint) is tuple:
-        parts = get_args(hint)
-        if isinstance(value, list | tuple) and len(value) == len(parts):
-            return tuple(_typed(name, v, part) for v, part in zip(value, parts, strict=True))
-    elif hint is float and type(value) in (int, float):
-        return float(value)
-    elif type(value) is hint:
-        return value
-    wanted = getattr(hint, "__name__", str(hint))
-    raise ConfigError(f"recipe {name} must be {wanted}, got {value!r}")
