@@ -96,7 +96,7 @@ def spherical_kmeans(
     """
     if balanced and clusters != 2:
         raise ConfigError(f"balanced clusters come in pairs, got {clusters}: turn balancing off")
-    if not bool(torch.isfinite(latent_ND).all()):
+    if int(shards.sum((~torch.isfinite(latent_ND)).sum())):  # one process's NaN stops them all
         raise NumericError("a latent is NaN or infinite: check the dense network and the input")
     rounds = _Rounds(latent_ND, clusters, centred=centred, balanced=balanced, shards=shards)
     if rounds.count < clusters:

@@ -32,7 +32,8 @@ class ConversionSpec:
         restarts: seedings of k-means.
         norm_samples: samples per pass that re-estimate the batch norms of new nodes; 0 keeps the
             dense network's statistics.
-        seed: of the random projections, the seedings and the random choice.
+        seed: of the random projections, the seedings and the random choice; a task adds its run's
+            seed to it.
     """
 
     samples: int = 50_000

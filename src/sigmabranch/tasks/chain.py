@@ -32,7 +32,7 @@ from sigmabranch.errors import CheckpointError, DataError, MissingDependency
 from sigmabranch.measure import evaluate, evaluate_dense
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.saving import load_dense, load_net, save_dense
-from sigmabranch.tasks.counting import count_net
+from sigmabranch.tasks.counting import count_net, sketch
 from sigmabranch.tasks.provenance import provenance
 from sigmabranch.tasks.task import Task, first_difference
 from sigmabranch.training import (
@@ -93,40 +93,48 @@ class Chain:
         self.engine = FabricEngine(device)
         self.resume, self.watch, self.calibrating = resume, watch, calibrating
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
-        self._claim_folder()
+        self._check_folder()
+        # Everything that can be refused is refused before the first file is written.
+        if not _complete(self.folder / "converted"):
+            sketch(task)
+        if not (self.folder / "measured.json").exists():
+            _ = self.dataset
+        self._once(lambda: files.write_json(self.folder / "task.json", self._notes()))
         for step, source in (start or {}).items():
-            self._adopt(step, source)
+            self._once(partial(self._adopt, step, source))
 
-    def _claim_folder(self) -> None:
+    def _check_folder(self) -> None:
         """Refuse a folder that holds another task, other settings or another seed."""
-        settings = self._notes()
         path = self.folder / "task.json"
-        if path.exists() and not self.resume:
+        if not path.exists():
+            return
+        if not self.resume:
             raise CheckpointError(f"{self.folder} is in use: choose another --out or use --resume")
-        if path.exists():
-            difference = first_difference(files.read_json(path), settings)
-            if difference:
-                raise CheckpointError(
-                    f"{self.folder} was made with other settings ({difference}): "
-                    "choose another --out or remove it"
-                )
-        elif self.engine.is_main:
-            files.write_json(path, settings)
+        difference = first_difference(files.read_json(path), self._notes())
+        if difference:
+            raise CheckpointError(
+                f"{self.folder} was made with other settings ({difference}): "
+                "choose another --out or remove it"
+            )
 
     def _adopt(self, step: str, source: Path) -> None:
         """Copy a saved network in as this chain's ``step``."""
         folder = self.folder / step
-        if folder.resolve() == source.resolve():
+        if folder.resolve() == source.resolve() or _complete(folder):
             return
-        notes = read_manifest(source)["notes"]
+        manifest = read_manifest(source)
+        sections = ("data", "model", *(("tree", "conversion") if step == "converted" else ()))
+        theirs, ours = manifest["notes"].get("task", {}), self.task.to_dict()
         difference = first_difference(
-            {name: notes["task"][name] for name in ("data", "model")},
-            {name: self.task.to_dict()[name] for name in ("data", "model")},
+            {name: theirs.get(name) for name in sections}, {name: ours[name] for name in sections}
         )
         if difference:
             raise CheckpointError(f"{source} belongs to another task: {difference}")
-        if not _complete(folder):
-            shutil.copytree(source, folder, ignore=shutil.ignore_patterns("checkpoint*", ".*"))
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (*manifest["files"], "history.json", "manifest.json"):
+            if (source / name).exists():
+                with files.atomic_write(folder / name) as temporary:
+                    shutil.copyfile(source / name, temporary)
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -151,7 +159,7 @@ class Chain:
                 self.dense(),
                 self.calibration(),
                 self.task.tree,
-                spec=replace(self.task.conversion, seed=self.seed),
+                spec=replace(self.task.conversion, seed=self.seed + self.task.conversion.seed),
                 progress=self.calibrating,
             )
             self._once(lambda: net.save(folder, self._origin()))
@@ -186,7 +194,7 @@ class Chain:
                 "converted": self.accuracy(self.converted()),
                 "branched": self.accuracy(self.branched()),
             }
-            files.write_json(path, measured)
+            self._once(lambda: files.write_json(path, measured))
         return files.read_json(path)
 
     def result(self, controls: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,7 +207,7 @@ class Chain:
             "controls": dict(controls),
             "history": {step: self.history(step) for step in ("dense", "branched")},
         }
-        files.write_json(self.folder / "result.json", result)
+        self._once(lambda: files.write_json(self.folder / "result.json", result))
         return result
 
     def _made(self, step: str) -> dict[str, Any] | None:

@@ -23,11 +23,22 @@ def count_task(task: Task) -> dict[str, Any]:
         ConfigError: the tree does not fit the network.
         MissingDependency: fvcore is not installed.
     """
+    dense, net = sketch(task)
+    return cost(net, example(task), dense=dense)
+
+
+def sketch(task: Task) -> tuple[ResNet, SigmaBranchNet]:
+    """A task's dense and branched networks with meaningless weights.
+
+    Raises:
+        ConfigError: the tree does not fit the network.
+        ConversionError: the network cannot be cut there.
+    """
     dense = ResNet(task.model).eval()
     # Couplings do not depend on the image size, so they are traced on a small one.
-    small = torch.zeros(1, task.model.in_channels, min(64, image_size(task)), image_size(task))
-    net = blueprint(dense, small[..., :64], task.tree)
-    return cost(net, example(task), dense=dense)
+    size = min(64, image_size(task))
+    blank = torch.zeros(1, task.model.in_channels, size, size)
+    return dense, blueprint(dense, blank, task.tree)
 
 
 def count_net(net: SigmaBranchNet, task: Task) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def _locate(key: str) -> tuple[str, str]:
     if matches:
         raise ConfigError(f"--set {key} is ambiguous: write {' or '.join(matches)}")
     near = difflib.get_close_matches(key, [*known, *(n.partition(".")[2] for n in known)], n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else "see --help for the sections"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"sections are {', '.join(SECTIONS)}"
     raise ConfigError(f"--set knows no {key!r}: {hint}")
 
 
