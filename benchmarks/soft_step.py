@@ -1,8 +1,9 @@
 """Claim: a fine-tuning step on all paths costs little more than a step of the dense network.
 
 A step is loss and gradients on one batch, with the task's own losses and shapes; the optimizer is
-left out. The time ratio stands beside the ratio of multiply-adds, which it would equal if every
-operation ran at the same speed. Weights are meaningless: time does not depend on them.
+left out. The time ratio stands beside the ratio of multiply-adds, which it would equal if time went
+into convolutions alone. Norms and activations grow more: n specializers of width/√n hold √n times
+the dense stage's features. Weights are meaningless: time does not depend on them.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from torch import nn
 from sigmabranch.backbones import ResNet
 from sigmabranch.conversion import blueprint
 from sigmabranch.measure import cost
-from sigmabranch.tasks import find_task
+from sigmabranch.tasks import Task, find_task
 from sigmabranch.tasks.counting import example
 from sigmabranch.training import BranchedObjective, DenseObjective, Objective
 
 
-def step(model: nn.Module, objective: Objective, precision: str, size: int, task) -> Callable:
+def step(
+    model: nn.Module, objective: Objective, precision: str, size: int, task: Task
+) -> Callable[[], None]:
     """One forward and backward pass, to be called again and again."""
     device = next(model.parameters()).device
     x, y = batch(task, size, device)

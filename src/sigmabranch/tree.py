@@ -16,6 +16,9 @@ from sigmabranch.fields import from_fields, to_fields
 
 NodeId: TypeAlias = tuple[int, ...]
 
+# A balanced tree of this depth has a thousand leaves.
+_DEEPEST = 10
+
 
 def node_key(node: NodeId) -> str:
     """The node's name in files and module paths: ``"root"``, ``"0"``, ``"0-1"``."""
@@ -61,8 +64,8 @@ class TreeSpec:
     @classmethod
     def balanced(cls, depth: int = 2, **fields: Any) -> TreeSpec:
         """The complete binary tree with ``2 ** depth`` leaves; the paper's has depth 2."""
-        if depth < 1:
-            raise ConfigError(f"tree depth must be at least 1, got {depth}")
+        if not 1 <= depth <= _DEEPEST:
+            raise ConfigError(f"tree depth must be from 1 to {_DEEPEST}, got {depth}")
         leaves = tuple(
             tuple(number >> (depth - 1 - level) & 1 for level in range(depth))
             for number in range(2**depth)

@@ -195,7 +195,9 @@ def test_two_processes_cluster_as_one(options, sizes):
     assert left.objective == right.objective == pytest.approx(single.objective)
     assert left.margin == right.margin == pytest.approx(single.margin)
     both = torch.cat([left.assignment, right.assignment])
-    swapped = int(both[0] != single.assignment[0])  # restarts that tie may be told apart by rounding
+    swapped = int(
+        both[0] != single.assignment[0]
+    )  # restarts that tie may be told apart by rounding
     assert torch.equal(both, (single.assignment - swapped).abs())
     mine = single.centroid.flip(0) if swapped else single.centroid
     assert torch.allclose(left.centroid, mine, atol=1e-9)

@@ -26,9 +26,7 @@ def by_hand(mean, width, fraction):
     return sorted(shared), [sorted(s) for s in specific]
 
 
-@given(
-    st.integers(1, 40), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**16), st.booleans()
-)
+@given(st.integers(1, 40), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**16), st.booleans())
 def test_shared_and_specific_channels_are_those_of_the_formula(
     channels, share, fraction, seed, ties
 ):

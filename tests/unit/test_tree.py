@@ -57,12 +57,16 @@ def test_what_is_no_tree_is_refused(fields, reason):
 
 
 def test_widths_beyond_the_source_and_a_wrong_number_of_levels_are_refused():
-    with pytest.raises(ConfigError, match="level 2 is 65 channels wide.*only 64"):
+    with pytest.raises(ConfigError, match=r"level 2 is 65 channels wide.*only 64"):
         TreeSpec(widths=(8, 65)).level_widths((32, 64))
     with pytest.raises(ConfigError, match="2 levels, the network gives 3"):
         TreeSpec().level_widths((8, 8, 8))
-    with pytest.raises(ConfigError, match="depth must be at least 1"):
-        TreeSpec.balanced(0)
+
+
+@pytest.mark.parametrize("depth", [-1, 0, 40])
+def test_a_depth_out_of_reach_is_refused(depth):
+    with pytest.raises(ConfigError, match="depth must be from 1 to 10"):
+        TreeSpec.balanced(depth)
 
 
 @pytest.mark.parametrize(

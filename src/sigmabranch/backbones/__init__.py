@@ -9,7 +9,7 @@ from torch import nn
 
 from sigmabranch.backbones.base import Backbone, GlobalAveragePool, Levels
 from sigmabranch.backbones.resnet import ResNet, ResNetSpec, build_resnet, resnet_backbone
-from sigmabranch.backbones.timm import create_timm
+from sigmabranch.backbones.timm import build_timm
 from sigmabranch.errors import CheckpointError, ConfigError
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
 _ADAPTERS: tuple[Callable[[nn.Module], Backbone | None], ...] = (resnet_backbone,)
 _BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "resnet": build_resnet,
-    "timm": lambda config: create_timm(**config),
+    "timm": build_timm,
 }
 
 

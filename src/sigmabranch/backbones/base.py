@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -38,8 +38,8 @@ class Backbone:
         model: the dense network.
         chain: paths of the modules applied one after the other, from the input to the last feature.
         stages: those members of ``chain`` at which a tree level may begin.
-        pool: parameter-free module, feature → (B, C); what routers, statistics and heads see.
         head: paths of the modules from the pooled last feature to the (B, V) logits.
+        pool: parameter-free module, feature → (B, C); what routers, statistics and heads see.
         source: how to rebuild the network's skeleton (:func:`~sigmabranch.backbones.build`), or
             None if only its owner can.
     """
@@ -47,9 +47,21 @@ class Backbone:
     model: nn.Module
     chain: tuple[str, ...]
     stages: tuple[str, ...]
-    pool: nn.Module
     head: tuple[str, ...]
+    pool: nn.Module = field(default_factory=GlobalAveragePool)
     source: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for path in (*self.chain, *self.head):
+            try:
+                self.model.get_submodule(path)
+            except AttributeError:
+                raise ConfigError(
+                    f"the backbone names {path!r}, which {type(self.model).__name__} lacks"
+                ) from None
+        for stage in self.stages:
+            if stage not in self.chain:
+                raise ConfigError(f"the backbone's stage {stage!r} is not in its chain")
 
     def levels(self, depth: int, cuts: Sequence[str] | None = None) -> Levels:
         """Split the chain into the trunk and ``depth`` levels.
@@ -104,20 +116,31 @@ class Backbone:
         model, training = self.model, self.model.training
         model.eval()
         try:
-            feature = example
-            for module in self.modules(self.chain):
-                feature = module(feature)
-            logits = self.pool(feature)
-            for module in self.modules(self.head):
-                logits = module(logits)
-            expected = model(example)
+            expected, found = model(example), self._in_parts(example)
         finally:
             model.train(training)
-        if logits.shape != expected.shape or not logits.allclose(expected, rtol=1e-4, atol=1e-5):
+        if (
+            found is None
+            or found.shape != expected.shape
+            or not found.allclose(expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+        ):
             raise ConversionError(
                 f"{type(model).__name__} is not its parts in a row ({' → '.join(self.chain)} → "
                 f"pool → {' → '.join(self.head)}): describe it with a Backbone of its own"
             )
+
+    def _in_parts(self, example: Tensor) -> Tensor | None:
+        """Logits through chain, pool and head; None if they do not fit together."""
+        try:
+            feature = example
+            for module in self.modules(self.chain):
+                feature = module(feature)
+            feature = self.pool(feature)
+            for module in self.modules(self.head):
+                feature = module(feature)
+        except RuntimeError:
+            return None
+        return feature
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

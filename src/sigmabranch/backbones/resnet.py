@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sigmabranch.backbones.base import Backbone, GlobalAveragePool
+from sigmabranch.backbones.timm import timm_source
 from sigmabranch.errors import ConfigError
 from sigmabranch.fields import from_fields, to_fields
 
@@ -168,7 +169,7 @@ def resnet_backbone(model: nn.Module) -> Backbone | None:
         stages=tuple(name for name in chain if name.startswith("layer")),
         pool=GlobalAveragePool(),
         head=("fc",),
-        source=getattr(model, "skeleton_source", None),
+        source=getattr(model, "skeleton_source", None) or timm_source(model),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,42 @@ def create_timm(name: str, **kwargs: Any) -> nn.Module:
     if not timm.is_model(name):
         raise ConfigError(f"timm has no model {name!r}: see timm.list_models()")
     return timm.create_model(name, **kwargs)
+
+
+def timm_source(model: nn.Module) -> dict[str, Any] | None:
+    """How to rebuild a timm model's skeleton, or None if its name alone does not say it all.
+
+    A model built with unusual arguments has other shapes than its name gives; then its owner must
+    supply the skeleton.
+    """
+    if not type(model).__module__.startswith("timm."):
+        return None
+    config = {
+        "name": getattr(model, "pretrained_cfg", {}).get("architecture"),
+        "num_classes": getattr(model, "num_classes", None),
+        "in_chans": next(model.parameters()).shape[1],
+    }
+    try:
+        with torch.device("meta"):
+            same = build_timm(config)
+    except (ConfigError, RuntimeError, TypeError, ValueError):
+        return None
+    shapes = [{k: v.shape for k, v in net.state_dict().items()} for net in (model, same)]
+    return {"builder": "timm", "config": config} if shapes[0] == shapes[1] else None
+
+
+def build_timm(config: Mapping[str, Any]) -> nn.Module:
+    """An untrained timm model from :func:`timm_source`'s config; no file is ever read for it.
+
+    Raises:
+        ConfigError: settings other than name, num_classes and in_chans.
+    """
+    if set(config) != {"name", "num_classes", "in_chans"}:
+        raise ConfigError(f"a timm skeleton takes name, num_classes, in_chans; got {list(config)}")
+    return create_timm(str(config["name"]), **{key: int(config[key]) for key in _SIZES})
+
+
+_SIZES = ("num_classes", "in_chans")
 
 
 def load_timm() -> ModuleType:

@@ -58,7 +58,9 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted before the first checkpoint", 130)
     except typer.TyperException as error:
-        _fail(f"{getattr(error, 'message', error)}; see --help", 2)
+        # Only the formatted message names the option.
+        message = getattr(error, "format_message", error.__str__)()
+        _fail(f"{message.rstrip('.')}; see --help", 2)
     except OSError as error:
         _fail(f"{error.filename or 'a file'}: {error.strerror}; free space or check the path", 2)
     sys.stdout.flush()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -63,7 +66,7 @@ def convert(
 @torch.no_grad()
 def rebuild(
     dense: nn.Module | Backbone,
-    record: ConversionRecord,
+    record: ConversionRecord | Mapping[str, Any],
     loader: Loader,
     *,
     device: torch.device | str | None = None,
@@ -72,13 +75,15 @@ def rebuild(
 
     Args:
         dense: the network that was converted.
-        record: of the conversion.
+        record: of the conversion, or its JSON form, such as ``net.record``.
         loader: the calibration data; batch norms are re-estimated on it where the record says so.
         device: as for :func:`convert`.
 
     Raises:
         ConfigError: the record belongs to a network of another shape.
     """
+    if not isinstance(record, ConversionRecord):
+        record = ConversionRecord.from_dict(record)
     tree, spec = record.tree, record.conversion
     growth = Growth(as_backbone(dense), loader, tree, spec, device, Shards(), None)
     if growth.record.source != record.source:
@@ -157,7 +162,8 @@ def single_path(
 
     def run() -> None:
         for x, _ in growth.stream("batch norms", min(spec.samples, spec.norm_samples)):
-            section(growth.trunk(x))
+            if len(x) > 1:  # a batch norm cannot learn from one sample
+                section(growth.trunk(x))
 
     if spec.norm_samples:
         reestimate_norms([section], run, Shards())

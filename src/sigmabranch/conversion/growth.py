@@ -25,10 +25,10 @@ from sigmabranch.conversion.cut import Cutter
 from sigmabranch.conversion.record import ConversionRecord, ConversionSpec, NodeChannels, Split
 from sigmabranch.conversion.select import Selection, select_at_random, select_by_activation
 from sigmabranch.coupling import SlicePlan, fingerprint, trace
-from sigmabranch.errors import ConfigError, DataError
+from sigmabranch.errors import ConfigError, ConversionError, DataError
 from sigmabranch.net import SigmaBranchNet, take
 from sigmabranch.routing import Router
-from sigmabranch.tree import NodeId, TreeSpec
+from sigmabranch.tree import NodeId, TreeSpec, node_key
 
 Progress = Callable[[str, int, int], None]
 Loader = Iterable[Sequence[Tensor]]
@@ -121,6 +121,11 @@ class Growth:
         if self.spec.clusters == "latents":
             return Split.of(cluster(latent_ND, balanced=self.spec.balanced, shards=self.shards))
         mean_VD, seen_V = self._class_means(latent_ND, label_N)
+        if int(seen_V.sum()) < 2:
+            raise ConversionError(
+                f"node {node_key(node)} holds one class only, so classes cannot split it: use a "
+                "smaller tree or clusters=latents"
+            )
         clusters = cluster(mean_VD[seen_V], balanced=True)
         class_branch_V = (mean_VD @ clusters.centroid.T + clusters.offset).argmax(1)
         sizes = self.shards.sum(torch.bincount(class_branch_V[label_N], minlength=2))
@@ -289,7 +294,7 @@ class Growth:
             samples = min(self.spec.samples, self.spec.norm_samples * len(nodes))
             for x, y in self.stream(f"batch norms of level {depth}", samples):
                 for node, feature, rows in self._entries(x, y, depth):
-                    if len(rows) > 1:
+                    if len(rows) > 1:  # a batch norm cannot learn from one sample
                         self.specializers[node](feature)
 
         modules = [self.specializers[node] for node in nodes]

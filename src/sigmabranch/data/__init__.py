@@ -1,7 +1,7 @@
 """Data sets: readers, splits that yield normalised batches, and their augmentation."""
 
 from sigmabranch.data.batches import EpochBatches
-from sigmabranch.data.registry import DATA_NAMES, open_data
+from sigmabranch.data.registry import DATA_NAMES, check_data, open_data
 from sigmabranch.data.seeds import derive_seed
 from sigmabranch.data.split import Dataset, ResidentSplit, Split
 
@@ -11,6 +11,7 @@ __all__ = [
     "EpochBatches",
     "ResidentSplit",
     "Split",
+    "check_data",
     "derive_seed",
     "open_data",
 ]

@@ -44,7 +44,7 @@ def open_data(
         DataError: files that are missing or damaged.
         MissingDependency: the reader's package is not installed.
     """
-    _check(name, image_size)
+    check_data(name, image_size)
     if name == "digits":
         return open_digits(device, channels_last=channels_last)
     if folder is None:
@@ -62,7 +62,8 @@ def open_data(
     )
 
 
-def _check(name: str, image_size: int | None) -> None:
+def check_data(name: str, image_size: int | None) -> None:
+    """Raise :class:`ConfigError` at a name or size that :func:`open_data` would refuse."""
     if name not in DATA_NAMES:
         near = difflib.get_close_matches(name, DATA_NAMES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

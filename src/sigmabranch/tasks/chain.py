@@ -94,13 +94,16 @@ class Chain:
         self.resume, self.watch, self.calibrating = resume, watch, calibrating
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._check_folder()
+        start = {step: Path(source) for step, source in (start or {}).items()}
+        for step, source in start.items():
+            self._check_start(step, source)
         # Everything that can be refused is refused before the first file is written.
         if not _complete(self.folder / "converted"):
             sketch(task)
         if not (self.folder / "measured.json").exists():
             _ = self.dataset
         self._once(lambda: files.write_json(self.folder / "task.json", self._notes()))
-        for step, source in (start or {}).items():
+        for step, source in start.items():
             self._once(partial(self._adopt, step, source))
 
     def _check_folder(self) -> None:
@@ -117,12 +120,9 @@ class Chain:
                 "choose another --out or remove it"
             )
 
-    def _adopt(self, step: str, source: Path) -> None:
-        """Copy a saved network in as this chain's ``step``."""
-        folder = self.folder / step
-        if folder.resolve() == source.resolve() or _complete(folder):
-            return
-        manifest = read_manifest(source)
+    def _check_start(self, step: str, source: Path) -> None:
+        """Refuse a network of another kind or task, or beside one that is already there."""
+        manifest = read_manifest(source, "dense" if step == "dense" else "branched")
         sections = ("data", "model", *(("tree", "conversion") if step == "converted" else ()))
         theirs, ours = manifest["notes"].get("task", {}), self.task.to_dict()
         difference = first_difference(
@@ -130,8 +130,18 @@ class Chain:
         )
         if difference:
             raise CheckpointError(f"{source} belongs to another task: {difference}")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (*manifest["files"], "history.json", "manifest.json"):
+        folder = self.folder / step
+        if _complete(folder) and read_manifest(folder)["files"] != manifest["files"]:
+            raise CheckpointError(
+                f"{folder} already holds another network than {source}: choose another --out"
+            )
+
+    def _adopt(self, step: str, source: Path) -> None:
+        """Copy a saved network in as this chain's ``step``, the manifest last."""
+        folder = self.folder / step
+        if _complete(folder):
+            return
+        for name in (*read_manifest(source)["files"], "history.json", "manifest.json"):
             if (source / name).exists():
                 with files.atomic_write(folder / name) as temporary:
                     shutil.copyfile(source / name, temporary)

@@ -10,6 +10,7 @@ from typing import Any
 
 from sigmabranch.backbones import ResNetSpec
 from sigmabranch.conversion import ConversionSpec
+from sigmabranch.data import check_data
 from sigmabranch.errors import ConfigError
 from sigmabranch.fields import from_fields
 from sigmabranch.training import FinetuneRecipe, Recipe
@@ -30,6 +31,13 @@ class DataSpec:
     image_size: int | None = None
     train_limit: int | None = None
     test_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        check_data(self.name, self.image_size)
+        for name in ("train_limit", "test_limit"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise ConfigError(f"data {name} must be at least 1, got {limit}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""

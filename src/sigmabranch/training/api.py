@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,13 +30,14 @@ def train(
         model: (B, ...) → (B, V) logits.
         loader: sized iterable of (inputs, labels), such as a ``DataLoader``.
         recipe: how; the paper's CIFAR-100 setting if None.
-        options: ``folder`` (checkpoints and metrics.csv; default ``runs/train``), ``device``,
-            ``teacher``, and ``seed``, ``evaluate``, ``progress``, ``max_minutes``, ``resume`` of
-            :func:`~sigmabranch.training.loop.fit`, which also lists the errors raised.
+        options: ``folder`` (for checkpoints and metrics.csv: the same call continues a stopped
+            run; without it nothing is kept), ``device``, ``teacher``, and ``seed``, ``evaluate``,
+            ``progress``, ``max_minutes``, ``resume`` of :func:`~sigmabranch.training.loop.fit`,
+            which also lists the errors raised.
     """
     recipe = recipe or Recipe()
     objective = DenseObjective(recipe, options.pop("teacher", None))
-    return _fit(model, objective, loader, recipe, options.pop("folder", "runs/train"), **options)
+    return _fit(model, objective, loader, recipe, **options)
 
 
 def finetune(
@@ -46,12 +49,12 @@ def finetune(
         net: from :func:`~sigmabranch.conversion.convert`.
         loader: as for :func:`train`.
         recipe: how; the paper's setting if None.
-        options: as for :func:`train`; ``folder`` defaults to ``runs/finetune``, and ``teacher``
-            is the dense network that the leaves imitate when ``recipe.distill_weight`` is set.
+        options: as for :func:`train`; ``teacher`` is the dense network that the leaves imitate
+            when ``recipe.distill_weight`` is set.
     """
     recipe = recipe or FinetuneRecipe()
     objective = BranchedObjective(recipe, options.pop("teacher", None), class_targets(net.record))
-    return _fit(net, objective, loader, recipe, options.pop("folder", "runs/finetune"), **options)
+    return _fit(net, objective, loader, recipe, **options)
 
 
 def _fit(
@@ -59,8 +62,8 @@ def _fit(
     objective: Objective,
     loader: Loader,
     recipe: Recipe,
-    folder: Path | str,
     *,
+    folder: Path | str | None = None,
     device: str = "auto",
     seed: int = 0,
     evaluate: Callable[[Any], Mapping[str, Any]] | None = None,
@@ -68,14 +71,15 @@ def _fit(
 ) -> FitResult:
     engine = FabricEngine(device)
     batches = LoaderBatches(loader, engine.device, seed=seed)
-    return fit(
-        model,
-        objective,
-        batches,
-        recipe,
-        folder=folder,
-        engine=engine,
-        seed=seed,
-        evaluate=evaluate,
-        **options,
-    )
+    with TemporaryDirectory() if folder is None else nullcontext(folder) as place:
+        return fit(
+            model,
+            objective,
+            batches,
+            recipe,
+            folder=place,
+            engine=engine,
+            seed=seed,
+            evaluate=evaluate,
+            **options,
+        )

@@ -1,0 +1,55 @@
+"""The paper's Table III, exactly, as a user gets it from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("fvcore") is None, reason="fvcore is not installed")
+
+COMMAND = "from sigmabranch.cli import main; main()"
+
+
+@pytest.mark.parametrize(
+    ("task", "dense", "net", "reductions"),
+    [
+        (
+            "cifar100-resnet50",
+            (23_705_252, 1_304_911_872),
+            (25_549_594, 9_405_834, 888_053_248),
+            (60.32, 31.95),
+        ),
+        (
+            "imagenet-resnet50",
+            (25_557_032, 4_111_512_576),
+            (29_247_274, 10_336_014, 2_833_842_640),
+            (59.56, 31.08),
+        ),
+    ],
+)
+def test_counts_are_the_papers(task, dense, net, reductions, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, "count", task, "--json"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
+    cost = json.loads(done.stdout)
+    assert (cost["dense"]["params"], cost["dense"]["macs"]) == dense
+    keys = ("total_params", "active_params", "macs")
+    assert tuple(cost["net"][key] for key in keys) == net
+    assert {path["active_params"] for path in cost["paths"].values()} == {net[1]}
+    assert {path["macs"] for path in cost["paths"].values()} == {net[2]}
+    assert list(cost["paths"]) == ["0-0", "0-1", "1-0", "1-1"]
+    saved = cost["reduction_percent"]
+    assert (round(saved["active_params"], 2), round(saved["macs"], 2)) == reductions
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,249 @@
+"""Tasks as data, and what a chain refuses before it writes its first file."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from sigmabranch.backbones import ResNet
+from sigmabranch.errors import CheckpointError, ConfigError, ConversionError, DataError
+from sigmabranch.peers import CONTROLS, check_controls, controls, dense_of_size, run_control
+from sigmabranch.saving import load_net, save_dense
+from sigmabranch.tasks import TASKS, Chain, Stopped, Task, count_task, find_task
+from sigmabranch.tree import TreeSpec
+
+pytest.importorskip("sklearn")
+
+TINY = (
+    "model.layers=[1,1,1]",
+    "model.planes=[2,3,4]",
+    "model.strides=[1,2,1]",
+    "model.stem_width=4",
+    "tree.projection_dim=4",
+    "data.train_limit=64",
+    "data.test_limit=40",
+    "dense.epochs=1",
+    "dense.batch_size=32",
+    "finetune.epochs=1",
+    "finetune.batch_size=32",
+    "conversion.restarts=2",
+)
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return find_task("digits-resnet").with_settings(TINY)
+
+
+@pytest.fixture
+def untrained(task, tmp_path):
+    """A saved dense network of the task."""
+    torch.manual_seed(0)
+    notes = {"task": task.to_dict(), "seed": 0}
+    save_dense(ResNet(task.model), tmp_path / "source" / "dense", notes)
+    return tmp_path / "source" / "dense"
+
+
+# -- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_a_task_survives_json(task):
+    assert Task.from_dict(json.loads(json.dumps(task.to_dict()))) == task
+
+
+@pytest.mark.parametrize(
+    ("setting", "found"),
+    [
+        ("finetune.lr=0.5", lambda t: t.finetune.lr == 0.5),
+        ("dense.lr=1", lambda t: t.dense.lr == 1.0),
+        ("resp_prior=true", lambda t: t.finetune.resp_prior is True),
+        ("projection_dim=7", lambda t: t.tree.projection_dim == 7),
+        ("tree.depth=3", lambda t: t.tree.leaves == TreeSpec.balanced(3).leaves),
+        ("leaves=[[0],[1,0],[1,1]]", lambda t: t.tree.leaves == ((0,), (1, 0), (1, 1))),
+        ("tree.widths=[8,16]", lambda t: t.tree.widths == (8, 16)),
+        ("clusters=classes", lambda t: t.conversion.clusters == "classes"),
+        ('clusters="classes"', lambda t: t.conversion.clusters == "classes"),
+        ("resp_weight_end=null", lambda t: t.finetune.resp_weight_end is None),
+        ("dense.betas=[0.5,0.9]", lambda t: t.dense.betas == (0.5, 0.9)),
+        (" data.train_limit = 9 ", lambda t: t.data.train_limit == 9),
+    ],
+)
+def test_a_setting_reaches_its_field_and_no_other(setting, found):
+    task = find_task("digits-resnet")
+    changed = task.with_settings([setting])
+    assert found(changed)
+    before, after = task.to_dict(), changed.to_dict()
+    different = [name for name in before if before[name] != after[name]]
+    assert len(different) <= 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("lr", "takes key=value"),
+        ("lr=0.1", r"ambiguous: write dense\.lr or finetune\.lr"),
+        ("finetune.lrr=0.1", r"did you mean finetune\.lr"),
+        ("resp_wieght=0.1", "did you mean resp_weight"),
+        ("zzz=1", "sections are data, model"),
+        ("dense.lr=fast", "lr must be float"),
+        ("dense.epochs=1.5", "epochs must be int"),
+        ("dense.epochs=0", "epochs must be at least 1"),
+        ("tree.depth=two", "whole number"),
+        ("tree.depth=0", "from 1 to 10"),
+        ("tree.projection_dim=1.5", "projection_dim must be int"),
+        ("tree.widths=[8]", "1 entries for 2 levels"),
+        ("model.classes=ten", "classes must be int"),
+        ("model.planes=8", "planes must be tuple"),
+        ("data.name=mnist", "unknown data set 'mnist'"),
+        ("data.image_size=64", "8 x 8 pixels, not 64"),
+        ("data.train_limit=0", "at least 1"),
+        ("conversion.samples=1.5", "samples must be int"),
+        ("shared_fraction=2", r"in \[0, 1\]"),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_refused(setting, reason):
+    with pytest.raises(ConfigError, match=reason):
+        find_task("digits-resnet").with_settings([setting])
+
+
+@pytest.mark.parametrize("change", [{"tree": None}, {"dense": {"lr": "x"}}, {"name": 5, "data": 3}])
+def test_json_that_is_no_task_is_refused(change):
+    with pytest.raises(ConfigError):
+        Task.from_dict({**find_task("digits-resnet").to_dict(), **change})
+
+
+def test_an_unknown_task_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"digits-resnet, cifar100-small.*mean digits-resnet"):
+        find_task("digit-resnet")
+
+
+def test_counting_a_tree_that_does_not_fit_is_refused(task):
+    with pytest.raises(ConfigError, match="only 12"):
+        count_task(task.with_settings(["tree.widths=[13,4]"]))
+
+
+# -- chains --------------------------------------------------------------------------------------
+
+
+def written(folder) -> list[str]:
+    return sorted(os.listdir(folder)) if folder.exists() else []
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "error"),
+    [
+        (["tree.widths=[99,99]"], {}, ConfigError),
+        (["tree.depth=3"], {}, ConfigError),
+        (["tree.cuts=[\"layer2\",\"fc\"]"], {}, ConfigError),
+        (["model.block=basic", "model.strides=[1,1,1]", "model.planes=[4,4,4]",
+          "tree.cuts=[\"layer2\",\"layer3\"]"], {}, ConversionError),
+        (["model.classes=7"], {}, DataError),
+        (["model.in_channels=3"], {}, DataError),
+        (["data.name=cifar100"], {}, DataError),
+        ([], {"device": "abacus"}, ConfigError),
+        ([], {"start": {"dense": "nowhere"}}, CheckpointError),
+    ],
+    ids=["wide", "deep", "cut", "shortcut", "classes", "channels", "data", "device", "start"],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_the_first_file(
+    task, tmp_path, settings, options, error
+):
+    with pytest.raises(error):
+        Chain(task.with_settings(settings), tmp_path / "out", **options)
+    assert written(tmp_path / "out") == []
+
+
+def test_a_folder_of_other_settings_or_seed_is_refused(task, tmp_path):
+    Chain(task, tmp_path)
+    Chain(task, tmp_path)
+    with pytest.raises(CheckpointError, match=r"task\.finetune\.lr is .* there and 0\.7 here"):
+        Chain(task.with_settings(["finetune.lr=0.7"]), tmp_path)
+    with pytest.raises(CheckpointError, match="seed is 0 there and 1 here"):
+        Chain(task, tmp_path, seed=1)
+    with pytest.raises(CheckpointError, match="in use"):
+        Chain(task, tmp_path, resume=False)
+
+
+def test_a_start_is_copied_without_its_training(task, untrained, tmp_path):
+    (untrained / "state.json").write_text("{}")
+    (untrained / "step-000000001.pt").write_text("")
+    chain = Chain(task, tmp_path / "out", start={"dense": untrained})
+    assert written(tmp_path / "out" / "dense") == ["manifest.json", "weights.safetensors"]
+    assert torch.equal(chain.dense().fc.weight, Chain(task, untrained.parent).dense().fc.weight)
+
+
+def test_a_copy_that_was_cut_short_is_made_again(task, untrained, tmp_path):
+    Chain(task, tmp_path / "out", start={"dense": untrained})
+    (tmp_path / "out" / "dense" / "manifest.json").unlink()
+    (tmp_path / "out" / "dense" / "weights.safetensors").write_text("half")
+    Chain(task, tmp_path / "out", start={"dense": untrained}).dense()
+
+
+def test_a_start_of_another_kind_task_or_content_is_refused(task, untrained, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="holds a dense network, need a branched one"):
+        Chain(task, out, start={"converted": untrained})
+    with pytest.raises(CheckpointError, match=r"another task: model\.planes"):
+        Chain(task.with_settings(["model.planes=[2,3,5]"]), out, start={"dense": untrained})
+    save_dense(ResNet(task.model), tmp_path / "loose")
+    with pytest.raises(CheckpointError, match="another task"):
+        Chain(task, out, start={"dense": tmp_path / "loose"})
+    assert written(out) == []
+    Chain(task, out, start={"dense": untrained})
+    save_dense(ResNet(task.model), tmp_path / "other", {"task": task.to_dict(), "seed": 0})
+    with pytest.raises(CheckpointError, match="already holds another network"):
+        Chain(task, out, start={"dense": tmp_path / "other"})
+
+
+def test_a_chain_without_time_stops_with_a_checkpoint_and_goes_on(task, tmp_path):
+    with pytest.raises(Stopped, match="minutes is reached; the same command continues"):
+        Chain(task, tmp_path, max_minutes=0).dense()
+    assert "state.json" in written(tmp_path / "dense")
+    assert "manifest.json" not in written(tmp_path / "dense")
+    Chain(task, tmp_path).dense()
+    assert "manifest.json" in written(tmp_path / "dense")
+
+
+# -- controls ------------------------------------------------------------------------------------
+
+
+def test_an_unknown_control_is_refused():
+    with pytest.raises(ConfigError, match=r"unknown control 'twin'.*single-path"):
+        check_controls(["single-path", "twin"])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_narrow_dense_network_meets_its_size(name):
+    spec = TASKS[name].model
+    with torch.device("meta"):
+        whole = sum(p.numel() for p in ResNet(spec).parameters())
+        narrow = ResNet(dense_of_size(spec, whole // 3))
+    found = sum(p.numel() for p in narrow.parameters())
+    assert found == pytest.approx(whole / 3, rel=0.01)
+
+
+def test_a_size_out_of_reach_is_refused(task):
+    with pytest.raises(ConfigError, match="no narrower network"):
+        dense_of_size(task.model, 10**9)
+
+
+def test_the_chain_and_all_controls_run_and_are_read_back(task, tmp_path, monkeypatch):
+    # Widths of three or four leave no network within one percent.
+    monkeypatch.setattr(controls, "TOLERANCE", 0.1)
+    chain = Chain(task, tmp_path)
+    net = chain.branched()
+    assert load_net(tmp_path / "branched").record == net.record
+    found = {name: run_control(chain, name) for name in CONTROLS}
+    active = count_task(task)["net"]["active_params"]
+    routers = sum(p.numel() for n in ((), (0,)) for p in net.router(n).parameters())
+    assert found["single-path"]["params"] == active - routers
+    assert found["dense-equal"]["params"] == pytest.approx(active, rel=0.1)
+    assert found["dense-continued"]["params"] == count_task(task)["dense"]["params"]
+    for measured in found.values():
+        assert measured["epochs"] == 2
+        assert 0 <= measured["top1"] <= measured["top5"] <= 100
+    assert {name: run_control(Chain(task, tmp_path), name) for name in CONTROLS} == found
