@@ -68,20 +68,20 @@ def digits() -> str:
         spread = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
         return [label, f"{params:,}", spread]
 
-    net, controls = first["cost"]["net"], first["controls"]
+    dense, net, controls = first["cost"]["dense"], first["cost"]["net"], first["controls"]
+    active = net["active_params"]
+
+    def control(name: str) -> list[str]:
+        return row(name, controls[name]["params"], lambda run: run["controls"][name]["top1"])
+
     rows = [
-        row("dense", first["cost"]["dense"]["params"], lambda run: run["dense"]["top1"]),
-        *(
-            row(name, controls[name]["params"], lambda run, name=name: run["controls"][name]["top1"])
-            for name in controls
-        ),
-        row("branched", net["active_params"], lambda run: run["branched"]["top1"]),
-        row("branched: routing gain, points", net["active_params"],
-            lambda run: run["branched"]["routing_gain"]),
-        row("branched: balance × 100", net["active_params"],
-            lambda run: 100 * run["branched"]["balance"]),
-    ]  # fmt: skip
-    return _markdown(("digits, 3 seeds", "parameters run", "top-1 % (500 held out)"), rows)
+        row("dense", dense["params"], lambda run: run["dense"]["top1"]),
+        *map(control, controls),
+        row("branched", active, lambda run: run["branched"]["top1"]),
+        row("branched: routing gain", active, lambda run: run["branched"]["routing_gain"]),
+        row("branched: balance, %", active, lambda run: 100 * run["branched"]["balance"]),
+    ]
+    return _markdown(("digits, 3 seeds", "parameters run", "top-1 %, 500 held out"), rows)
 
 
 TABLES: Mapping[str, Callable[[], str]] = {"cifar100-small": cifar100_small, "digits": digits}
