@@ -38,10 +38,12 @@ def test_every_inner_node_has_both_children_and_every_leaf_none(tree):
 
 
 @given(trees())
-def test_parents_come_before_their_children_and_keys_are_unique(tree):
+def test_nodes_come_level_by_level_and_keys_are_unique(tree):
     order = [(), *tree.specializers]
     assert all(order.index(node[:-1]) < order.index(node) for node in tree.specializers)
     assert len({node_key(node) for node in order}) == len(order)
+    for nodes in (tree.inner, tree.specializers):
+        assert [len(node) for node in nodes] == sorted(len(node) for node in nodes)
 
 
 @given(trees())

@@ -94,6 +94,20 @@ class Cutter:
             entry=entry,
         )
 
+    def verify_head(
+        self, head: nn.Module, lineage: Sequence[NodeChannels], pooled: Tensor
+    ) -> float:
+        """The same for a cut head, given what enters the dense one: (B, C) pooled features."""
+        return verify_slice(
+            self.backbone.model,
+            self.backbone.head,
+            head,
+            pooled,
+            coupling=self.coupling,
+            keep=self._keep(lineage),
+            entry=self.outputs[-1],
+        )
+
     def _keep(self, lineage: Sequence[NodeChannels]) -> dict[Space | str, Tensor]:
         """Space → units kept."""
         keep: dict[Space | str, Tensor] = {}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,8 @@ class Growth:
         self.levels = backbone.levels(tree.depth, tree.cuts)
         self.example = next(stream(loader, 2, device))[0]
         self.backbone.check(self.example)
-        coupling = trace(self.backbone.model, self.example[:1], watch=self.levels.outputs())
+        watched = (*self.levels.outputs(), self.backbone.head[-1])
+        coupling = trace(self.backbone.model, self.example[:1], watch=watched)
         self.cutter = Cutter(self.backbone, self.levels, coupling)
         source_widths = [len(coupling.output_axis(end).units) for end in self.levels.outputs()[1:]]
         self.record = ConversionRecord(
@@ -279,13 +280,23 @@ class Growth:
         paths = [path for level in levels for path in self.levels.levels[level - 1]]
         plan = self.cutter.plan(lineage, (*paths, *self.backbone.head))
         section = self.backbone.section(paths, plan).eval()
+        head = self.backbone.pooled_head(plan).eval()
         error = self.cutter.verify(section, lineage, levels, self.example)
+        if levels[-1] == self.tree.depth:
+            error = max(error, self.cutter.verify_head(head[1:], lineage, self.pooled_example))
         for channels in lineage[-len(levels) :]:
             channels.max_error = error
-        return section, self.backbone.pooled_head(plan).eval(), plan
+        return section, head, plan
+
+    @cached_property
+    def pooled_example(self) -> Tensor:
+        """What the dense network's head sees of the example."""
+        return self.dense_activations(self.example, self.tree.depth, self.tree.depth)[
+            self.tree.depth
+        ]
 
     def reestimate(self, depth: int) -> None:
-        """Re-estimate the batch norms of the specializers at ``depth`` on their own samples."""
+        """Re-estimate the batch norms of the nodes at ``depth`` on their own samples."""
         if not self.spec.norm_samples:
             return
         nodes = [node for node in self.tree.specializers if len(node) == depth]
@@ -295,9 +306,12 @@ class Growth:
             for x, y in self.stream(f"batch norms of level {depth}", samples):
                 for node, feature, rows in self._entries(x, y, depth):
                     if len(rows) > 1:  # a batch norm cannot learn from one sample
-                        self.specializers[node](feature)
+                        output = self.specializers[node](feature)
+                        if node in self.heads:
+                            self.heads[node](output)
 
         modules = [self.specializers[node] for node in nodes]
+        modules += [self.heads[node] for node in nodes if node in self.heads]
         if reestimate_norms(modules, run, self.shards):
             for node in nodes:
                 for channels in self.record.nodes[node]:
