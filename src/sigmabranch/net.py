@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sigmabranch.archive import write_archive
 from sigmabranch.coupling import SlicePlan
-from sigmabranch.errors import ConfigError
+from sigmabranch.errors import ConfigError, DataError
 from sigmabranch.routing import Router, Routes
 from sigmabranch.tree import NodeId, TreeSpec, node_key
 
@@ -111,8 +111,11 @@ class SigmaBranchNet(nn.Module):
     def hard(self, x: Tensor) -> HardOutput:
         """Top-1 decisions level by level; only the chosen nodes run (paper, eq. 9).
 
-        A batch is split among the branches by index; a batch of one touches one path.
+        A batch is split among the branches by index; a batch of one touches one path. Raises
+        :class:`DataError` at an empty batch.
         """
+        if not len(x):
+            raise DataError("the batch is empty: give at least one input")
         rows_B = torch.arange(len(x), device=x.device)
         certain_B = torch.zeros(len(x), device=x.device)
         parts = list(self._descend((), self.trunk(x), rows_B, certain_B))

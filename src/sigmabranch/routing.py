@@ -6,7 +6,8 @@ All routing arithmetic is float32 in log space, whatever autocast says.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,13 @@ class Router(nn.Module):
             nn.Dropout(tree.projection_dropout),
         )
         self.gate = nn.Linear(latent, 2)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the network, but stay float32 when it is halved or doubled."""
+        super()._apply(fn, recurse)
+        return super()._apply(
+            lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, recurse
+        )
 
     def latent(self, feature: Any) -> Tensor:
         """z: (B, D) float32."""

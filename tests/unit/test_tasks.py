@@ -213,7 +213,7 @@ def test_a_chain_without_time_stops_with_a_checkpoint_and_goes_on(task, tmp_path
 
 def test_an_unknown_control_is_refused():
     with pytest.raises(ConfigError, match=r"unknown control 'twin'.*single-path"):
-        check_controls(["single-path", "twin"])
+        check_controls(["single-path", "twin"], find_task("digits-resnet"))
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -56,7 +56,7 @@ def main() -> None:
     except Stopped as stopped:
         _fail(f"stopped: {stopped}", 3)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted before the first checkpoint", 130)
+        _fail("interrupted; the same command continues from the last complete step", 130)
     except typer.TyperException as error:
         # Only the formatted message names the option.
         message = getattr(error, "format_message", error.__str__)()

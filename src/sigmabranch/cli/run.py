@@ -40,7 +40,7 @@ def command(
 ) -> None:
     """Run all steps of a task; repeat it to continue."""
     chosen = find_task(task).with_settings(settings or ())
-    check_controls(control or ())
+    check_controls(control or (), chosen)
     with Screen().live() as screen:
         chain = Chain(
             chosen,

@@ -69,18 +69,28 @@ class ChannelSums:
         return mean_KC
 
 
-def reestimate_norms(modules: Sequence[nn.Module], run: Callable[[], None], shards: Shards) -> bool:
-    """Replace the running statistics of every batch norm by those of the data that ``run`` sends.
-
-    Each statistic becomes the plain average over the batches seen; a norm that saw none keeps its
-    old one. Returns whether there was any batch norm.
-    """
-    norms = [
+def batch_norms(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
+    """The batch norms with running statistics in ``modules``."""
+    return [
         norm
         for module in modules
         for norm in module.modules()
         if isinstance(norm, _BatchNorm) and norm.track_running_stats
     ]
+
+
+def saw_data(norm: _BatchNorm) -> bool:
+    """Whether the latest re-estimation showed ``norm`` any batch."""
+    return int(dict(norm.named_buffers())["num_batches_tracked"]) > 0
+
+
+def reestimate_norms(modules: Iterable[nn.Module], run: Callable[[], None], shards: Shards) -> None:
+    """Replace the running statistics of every batch norm by those of the data that ``run`` sends.
+
+    Each statistic becomes the plain average over the batches seen; a norm that saw none keeps its
+    old one.
+    """
+    norms = batch_norms(modules)
     kept = [(norm.momentum, {k: v.clone() for k, v in norm.named_buffers()}) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -91,7 +101,6 @@ def reestimate_norms(modules: Sequence[nn.Module], run: Callable[[], None], shar
         _average(norm, before, shards)
         norm.momentum = momentum
         norm.eval()
-    return bool(norms)
 
 
 def _average(norm: _BatchNorm, before: Mapping[str, Tensor], shards: Shards) -> None:

@@ -260,7 +260,8 @@ class _Rounds:
     def best(self, centroid_RKD: Tensor) -> Clusters:
         """The restart with the largest objective, as a router."""
         own_RN, objective_R = self._fit(centroid_RKD)
-        winner = int(objective_R.argmax())
+        # Rounding must not choose between equal restarts: processes and devices would disagree.
+        winner = int((objective_R > objective_R.max() - 1e-9).nonzero()[0])
         centroid_KD, own_N = centroid_RKD[winner], own_RN[winner]
         bias_K = torch.zeros_like(centroid_KD[:, 0])
         bias_K[0] = self._threshold(self._lead(centroid_KD[None]))

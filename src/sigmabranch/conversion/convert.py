@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,7 +89,7 @@ def rebuild(
     growth = Growth(as_backbone(dense), loader, tree, spec, device, Shards(), None)
     if growth.record.source != record.source:
         raise ConfigError("the record belongs to a dense network with other tensors: pass that one")
-    growth.record = record
+    growth.record = copy.deepcopy(record)
     growth.build()
     return growth.finished()
 

@@ -14,12 +14,19 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from sigmabranch.backbones import Backbone
-from sigmabranch.conversion.calibrate import ChannelSums, reestimate_norms, stream
+from sigmabranch.conversion.calibrate import (
+    ChannelSums,
+    batch_norms,
+    reestimate_norms,
+    saw_data,
+    stream,
+)
 from sigmabranch.conversion.cluster import Shards, spherical_kmeans
 from sigmabranch.conversion.cut import Cutter
 from sigmabranch.conversion.record import ConversionRecord, ConversionSpec, NodeChannels, Split
@@ -310,12 +317,13 @@ class Growth:
                         if node in self.heads:
                             self.heads[node](output)
 
-        modules = [self.specializers[node] for node in nodes]
-        modules += [self.heads[node] for node in nodes if node in self.heads]
-        if reestimate_norms(modules, run, self.shards):
-            for node in nodes:
-                for channels in self.record.nodes[node]:
-                    channels.norm_reestimated = True
+        modules = {node: [self.specializers[node]] for node in nodes}
+        for node in self.heads.keys() & modules.keys():
+            modules[node].append(self.heads[node])
+        reestimate_norms(chain.from_iterable(modules.values()), run, self.shards)
+        for node, parts in modules.items():
+            for channels in self.record.nodes[node]:
+                channels.norm_reestimated = any(map(saw_data, batch_norms(parts)))
 
     def finished(self) -> SigmaBranchNet:
         """The branched network, with everything that was decided."""

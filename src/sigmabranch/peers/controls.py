@@ -20,9 +20,9 @@ from sigmabranch.backbones import ResNet, ResNetSpec
 from sigmabranch.conversion import single_path
 from sigmabranch.errors import ConfigError
 from sigmabranch.measure import cost, evaluate_dense
-from sigmabranch.tasks import Chain, count_task
+from sigmabranch.tasks import Chain, Task
 from sigmabranch.tasks.chain import ordered, seeded
-from sigmabranch.tasks.counting import example
+from sigmabranch.tasks.counting import example, sketch
 from sigmabranch.training import Recipe
 
 TOLERANCE = 0.01
@@ -40,10 +40,9 @@ def run_control(chain: Chain, name: str) -> dict[str, Any]:
         :func:`~sigmabranch.measure.evaluate_dense`.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: see :func:`check_controls`.
         Stopped: the chain's time is up; the checkpoint holds the state.
     """
-    check_controls([name])
     folder = chain.folder / "controls" / name
     path = folder / "measured.json"
     if not path.exists():
@@ -55,11 +54,16 @@ def run_control(chain: Chain, name: str) -> dict[str, Any]:
     return files.read_json(path)
 
 
-def check_controls(names: Iterable[str]) -> None:
-    """Raise :class:`ConfigError` at a name that is no control, before any work is done."""
+def check_controls(names: Iterable[str], task: Task) -> None:
+    """Raise :class:`ConfigError` at a control that is unknown or impossible for ``task``.
+
+    To be called before any work is done.
+    """
     for name in names:
         if name not in CONTROLS:
             raise ConfigError(f"unknown control {name!r}: choose from {', '.join(CONTROLS)}")
+        if name == "dense-equal":
+            _equal_spec(task)
 
 
 def _single_path(chain: Chain, folder: Path) -> tuple[nn.Module, int]:
@@ -80,9 +84,8 @@ def _dense_continued(chain: Chain, folder: Path) -> tuple[nn.Module, int]:
 
 def _dense_equal(chain: Chain, folder: Path) -> tuple[nn.Module, int]:
     """A narrow dense network of equal active size, trained from scratch in one schedule."""
-    active = count_task(chain.task)["net"]["active_params"]
     with seeded(chain.seed):
-        model = ResNet(dense_of_size(chain.task.model, active))
+        model = ResNet(_equal_spec(chain.task))
     recipe: Recipe = replace(chain.task.dense, epochs=_epochs(chain))
     chain.train(model, recipe, folder)
     return model, recipe.epochs
@@ -93,6 +96,16 @@ CONTROLS: Mapping[str, Callable[[Chain, Path], tuple[nn.Module, int]]] = {
     "dense-equal": _dense_equal,
     "dense-continued": _dense_continued,
 }
+
+
+def _equal_spec(task: Task) -> ResNetSpec:
+    """The narrow network whose size is that of one path of the task's tree."""
+    _, net = sketch(task)
+    active = max(
+        sum(parameter.numel() for parameter in net.path(leaf).parameters())
+        for leaf in net.tree.leaves
+    )
+    return dense_of_size(task.model, active)
 
 
 def dense_of_size(spec: ResNetSpec, params: int) -> ResNetSpec:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sigmabranch.errors import ConfigError
+from sigmabranch.errors import ConfigError, DataError
 from sigmabranch.training.engine import Engine
 from sigmabranch.training.losses import branched_loss, distillation
 from sigmabranch.training.recipe import FinetuneRecipe, Recipe
@@ -66,6 +66,7 @@ class DenseObjective:
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> StepOutput:
         """Loss and training accuracy of one batch."""
         logits_BV = model(x).float()
+        check_labels(y, logits_BV.shape[-1])
         loss = F.cross_entropy(logits_BV, y, label_smoothing=self.recipe.label_smoothing)
         if self.teacher is not None:
             with torch.no_grad():
@@ -115,6 +116,7 @@ class BranchedObjective:
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> StepOutput:
         """Loss, its terms, and how sharp routing and its target are on one batch."""
         soft = model(x)
+        check_labels(y, soft[0].shape[-1])
         teacher_BV = None
         if self.teacher is not None:
             with torch.no_grad():
@@ -144,6 +146,18 @@ class BranchedObjective:
             leaf_prob_L = prob_BL.mean(0) if self.recipe.node_grad_scale else None
         present = {name: value for name, value in metrics.items() if value is not None}
         return StepOutput(terms.total, present, leaf_prob_L)
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """Raise :class:`DataError` at a label that the network has no output for.
+
+    Only on the CPU: reading the labels of an accelerator would make the host wait at every step.
+    """
+    if y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise DataError(
+            f"labels reach from {int(y.min())} to {int(y.max())}, the network has {classes} "
+            "classes: relabel the data or widen the head"
+        )
 
 
 def percent(hit: Tensor) -> Tensor:
