@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sigmabranch.coupling import evaluating
 from sigmabranch.errors import ConfigError, DataError, NumericError
-from sigmabranch.measure.evaluating import evaluating
 from sigmabranch.measure.routes import (
     agreement,
     balance,
@@ -66,7 +66,7 @@ def evaluate(
         ConfigError: ``class_leaf`` does not name one leaf per class.
     """
     facts = _Facts()
-    with evaluating(net):
+    with torch.no_grad(), evaluating(net):
         for x, y in _on_device(net, batches):
             soft = net.soft(x)
             leaf_B = net.routes.hard(soft.branch_log_prob)
@@ -115,7 +115,7 @@ def evaluate_dense(model: nn.Module, batches: Batches) -> dict[str, Any]:
         NumericError: a NaN or infinite logit.
     """
     facts = _Facts()
-    with evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for x, y_B in _on_device(model, batches):
             logits_BV = model(x).float()
             inside_B = y_B.clamp(

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sigmabranch.coupling import evaluating
 from sigmabranch.errors import MissingDependency
-from sigmabranch.measure.evaluating import evaluating
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.tree import NodeId, node_key
 
@@ -152,7 +152,7 @@ def _countable(model: nn.Module) -> Iterator[Any]:
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         model = copy.deepcopy(model).to_empty(device="cpu")
-    with evaluating(model):
+    with torch.no_grad(), evaluating(model):
         yield model
 
 
