@@ -30,7 +30,7 @@ def write_archive(
     described: Mapping[str, Any],
     documents: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a network's tensors and description: all files or none, the manifest last.
+    """Write a network's tensors and description, each file atomically and the manifest last.
 
     Args:
         folder: created if absent.

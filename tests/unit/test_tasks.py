@@ -247,3 +247,29 @@ def test_the_chain_and_all_controls_run_and_are_read_back(task, tmp_path, monkey
         assert measured["epochs"] == 2
         assert 0 <= measured["top1"] <= measured["top5"] <= 100
     assert {name: run_control(Chain(task, tmp_path), name) for name in CONTROLS} == found
+
+
+# -- recipes that could only fail later ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["dense.distill_weight=0.5"], "teacher"),
+        (["finetune.class_target=true", "finetune.resp_prior=false"], "clusters=classes"),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused_before_anything_is_written(
+    task, tmp_path, settings, named
+):
+    with pytest.raises(ConfigError, match=named):
+        Chain(task.with_settings(settings), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dense_network_of_another_recipe_is_not_taken_for_the_tasks_own(
+    task, untrained, tmp_path
+):
+    longer = task.with_settings(["dense.epochs=7"])
+    with pytest.raises(CheckpointError, match="epochs is 1 there and 7 here"):
+        Chain(longer, tmp_path / "run", device="cpu", start={"dense": untrained})

@@ -36,6 +36,8 @@ def command(
         )
         net = chain.converted()
         accuracy = chain.accuracy(net)
+    if not chain.engine.is_main:
+        return
     folder = chain.folder / "converted"
     text = (
         f"{folder}: {accuracy['top1']:.2f} % top-1 before fine-tuning, "

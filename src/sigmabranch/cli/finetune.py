@@ -38,6 +38,8 @@ def command(
             watch=screen.training,
         )
         accuracy = chain.accuracy(chain.branched())
+    if not chain.engine.is_main:
+        return
     folder = chain.folder / "branched"
     text = (
         f"{folder}: {accuracy['top1']:.2f} % top-1 on one path per input, "

@@ -61,6 +61,8 @@ def finish(chain: Chain, controls: Any, result_file: Path | None, as_json: bool)
     """Run every step that is not done, then write and print the result and the report."""
     chain.measured()
     result = chain.result({name: run_control(chain, name) for name in controls})
+    if not chain.engine.is_main:
+        return
     if result_file is not None:
         files.write_json(result_file, result)
     run = describe(chain, chain.task, result)

@@ -38,6 +38,8 @@ def command(
         )
         chain.dense()
         accuracy = chain.dense_accuracy()
+    if not chain.engine.is_main:
+        return
     folder = chain.folder / "dense"
     text = f"{folder}: {accuracy['top1']:.2f} % top-1 on {accuracy['samples']:,} held-out samples"
     print_result({"folder": str(folder), "dense": accuracy}, text, as_json)

@@ -19,7 +19,12 @@ from sigmabranch.errors import ConfigError
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.tree import TreeSpec
 
+# Branches make batches of ever new sizes, for which timing algorithms anew does not pay; and the
+# statistics deserve full float32.
+_reproducible = torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
 
+
+@_reproducible
 @torch.no_grad()
 def convert(
     dense: nn.Module | Backbone,
@@ -64,6 +69,7 @@ def convert(
     return growth.finished()
 
 
+@_reproducible
 @torch.no_grad()
 def rebuild(
     dense: nn.Module | Backbone,
@@ -100,8 +106,8 @@ def blueprint(
 ) -> SigmaBranchNet:
     """A branched network of the right shapes with meaningless weights, made without data.
 
-    Every branch holds the first channels of its source and no router has been clustered: good for
-    counting and for dry runs.
+    Every branch holds channels chosen at random and no router has been clustered: good for counting
+    and for dry runs.
 
     Args:
         dense: the network to be branched.
@@ -128,6 +134,7 @@ def blueprint(
     return growth.finished()
 
 
+@_reproducible
 @torch.no_grad()
 def single_path(
     dense: nn.Module | Backbone,
@@ -140,7 +147,7 @@ def single_path(
     """One path without routers: the control that shows what routing is worth.
 
     It has the widths of ``tree`` and the channels that are strongest on average over all samples;
-    planes, checks and batch norms are treated as in :func:`convert`.
+    planes and checks are as in :func:`convert`, and all batch norms are re-estimated together.
 
     Returns:
         (B, ...) → (B, V) logits, in eval mode.
@@ -164,8 +171,8 @@ def single_path(
     def run() -> None:
         for x, _ in growth.stream("batch norms", min(spec.samples, spec.norm_samples)):
             if len(x) > 1:  # a batch norm cannot learn from one sample
-                section(growth.trunk(x))
+                head(section(growth.trunk(x)))
 
     if spec.norm_samples:
-        reestimate_norms([section], run, Shards())
+        reestimate_norms([section, head], run, Shards())
     return network.eval()

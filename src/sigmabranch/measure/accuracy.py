@@ -55,7 +55,7 @@ def evaluate(
         JSON-able; accuracies in percent, the rest as fractions. ``samples``; ``top1`` and ``top5``
         on the hard path; ``soft_top1`` of Σ P_j f_j (paper, eq. 3); ``oracle_leaf`` (any leaf is
         right: flattered by lucky guesses); ``leaf_by_class`` and ``leaf_by_class_from`` (the
-        honest ceiling of a router); ``always_leaf`` per leaf and ``mean_leaf``;
+        accuracy of a router that knew only the class); ``always_leaf`` per leaf and ``mean_leaf``;
         ``shuffled_routes`` and ``routing_gain`` (``top1`` minus that); ``agreement`` of two leaves;
         ``mean_max_p``; ``leaf_class_mi``; ``usage`` and ``balance``; ``class_leaf_share`` (V rows
         of L); ``best_leaf_of_class``; ``leaves``.
@@ -187,7 +187,8 @@ def _routed_facts(
     predicted_BL = logits_BLV.argmax(dim=2)
     correct_BL = predicted_BL == y_B[:, None]
     prob_BL = log_prob_BL.exp()
-    soft_BV = torch.einsum("bl,blv->bv", prob_BL, logits_BLV)
+    # Not a matrix product, which autocast would run in half precision.
+    soft_BV = (prob_BL[..., None] * logits_BLV).sum(dim=1)
     return {
         "leaf": leaf_B,
         "correct": correct_BL,

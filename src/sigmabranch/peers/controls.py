@@ -50,7 +50,7 @@ def run_control(chain: Chain, name: str) -> dict[str, Any]:
         counted = cost(model.cpu(), example(chain.task))["dense"]
         accuracy = evaluate_dense(model.to(chain.engine.device), ordered(chain.dataset.test))
         measured = {"params": counted["params"], "macs": counted["macs"], "epochs": epochs}
-        files.write_json(path, measured | accuracy)
+        chain.once(lambda: files.write_json(path, measured | accuracy))
     return files.read_json(path)
 
 

@@ -308,8 +308,8 @@ def _ceiling_note(evaluation: Mapping[str, Any]) -> tuple[str, ...]:
         else "chosen on these same samples, which flatters it"
     )
     return (
-        "The oracle takes whichever leaf happens to be right and is no ceiling for a router; "
-        f"knowing the true class is, with each class's best leaf {chosen}.",
+        "The oracle takes whichever leaf happens to be right: it counts lucky guesses, and no "
+        f"router can reach it. The best leaf of the true class is {chosen}.",
     )
 
 

@@ -28,7 +28,7 @@ from sigmabranch.archive import read_manifest
 from sigmabranch.backbones import ResNet
 from sigmabranch.conversion import class_targets, convert
 from sigmabranch.data import Dataset, EpochBatches, Split, derive_seed, open_data
-from sigmabranch.errors import CheckpointError, DataError, MissingDependency
+from sigmabranch.errors import CheckpointError, ConfigError, DataError, MissingDependency
 from sigmabranch.measure import evaluate, evaluate_dense
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.saving import load_dense, load_net, save_dense
@@ -49,6 +49,13 @@ from sigmabranch.training import (
 EVALUATION_BATCH = 250
 # Enough training samples to tell which leaf suits which class.
 CEILING_SAMPLES = 10_000
+
+
+# The settings that a network brought in from elsewhere must share, beside data and model.
+_DECIDED_BY: Mapping[str, tuple[str, ...]] = {
+    "dense": ("dense",),
+    "converted": ("tree", "conversion"),
+}
 
 
 class Stopped(Exception):
@@ -97,14 +104,15 @@ class Chain:
         start = {step: Path(source) for step, source in (start or {}).items()}
         for step, source in start.items():
             self._check_start(step, source)
-        # Everything that can be refused is refused before the first file is written.
+        # What cannot work is refused before the first file is written.
+        _check_recipes(task)
         if not _complete(self.folder / "converted"):
             sketch(task)
         if not (self.folder / "measured.json").exists():
             _ = self.dataset
-        self._once(lambda: files.write_json(self.folder / "task.json", self._notes()))
+        self.once(lambda: files.write_json(self.folder / "task.json", self._notes()))
         for step, source in start.items():
-            self._once(partial(self._adopt, step, source))
+            self.once(partial(self._adopt, step, source))
 
     def _check_folder(self) -> None:
         """Refuse a folder that holds another task, other settings or another seed."""
@@ -123,7 +131,7 @@ class Chain:
     def _check_start(self, step: str, source: Path) -> None:
         """Refuse a network of another kind or task, or beside one that is already there."""
         manifest = read_manifest(source, "dense" if step == "dense" else "branched")
-        sections = ("data", "model", *(("tree", "conversion") if step == "converted" else ()))
+        sections = ("data", "model", *_DECIDED_BY[step])
         theirs, ours = manifest["notes"].get("task", {}), self.task.to_dict()
         difference = first_difference(
             {name: theirs.get(name) for name in sections}, {name: ours[name] for name in sections}
@@ -158,7 +166,7 @@ class Chain:
             with seeded(self.seed):
                 model = ResNet(self.task.model)
             self.train(model, self.task.dense, folder)
-            self._once(lambda: save_dense(model, folder, self._origin()))
+            self.once(lambda: save_dense(model, folder, self._origin()))
         return load_dense(folder).to(self.engine.device)
 
     def converted(self) -> SigmaBranchNet:
@@ -172,7 +180,7 @@ class Chain:
                 spec=replace(self.task.conversion, seed=self.seed + self.task.conversion.seed),
                 progress=self.calibrating,
             )
-            self._once(lambda: net.save(folder, self._origin()))
+            self.once(lambda: net.save(folder, self._origin()))
         return load_net(folder).to(self.engine.device)
 
     def branched(self) -> SigmaBranchNet:
@@ -183,12 +191,16 @@ class Chain:
             teacher = self.dense() if recipe.distill_weight else None
             objective = BranchedObjective(recipe, teacher, class_targets(net.record))
             self._fit(net, objective, recipe, folder, evaluate)
-            self._once(lambda: net.save(folder, self._origin()))
+            self.once(lambda: net.save(folder, self._origin()))
         return load_net(folder).to(self.engine.device)
 
     def train(self, model: nn.Module, recipe: Recipe, folder: Path) -> None:
-        """Train a plain network in place, keeping its checkpoint in ``folder``."""
-        self._fit(model, DenseObjective(recipe), recipe, folder, evaluate_dense)
+        """Train a plain network in place, keeping its checkpoint in ``folder``.
+
+        With ``recipe.distill_weight`` its teacher is the chain's dense network.
+        """
+        teacher = self.dense() if recipe.distill_weight else None
+        self._fit(model, DenseObjective(recipe, teacher), recipe, folder, evaluate_dense)
 
     def dense_accuracy(self) -> dict[str, Any]:
         """Accuracy of the dense network on the test split."""
@@ -204,20 +216,20 @@ class Chain:
                 "converted": self.accuracy(self.converted()),
                 "branched": self.accuracy(self.branched()),
             }
-            self._once(lambda: files.write_json(path, measured))
+            self.once(lambda: files.write_json(path, measured))
         return files.read_json(path)
 
     def result(self, controls: Mapping[str, Any]) -> dict[str, Any]:
         """Everything worth publishing about this run, JSON-able; also written to the folder."""
         result = {
             **self._notes(),
-            "provenance": provenance(self.engine.device),
+            "provenance": self._provenance(),
             "made": {step: self._made(step) for step in ("dense", "converted", "branched")},
             **self.measured(),
             "controls": dict(controls),
             "history": {step: self.history(step) for step in ("dense", "branched")},
         }
-        self._once(lambda: files.write_json(self.folder / "result.json", result))
+        self.once(lambda: files.write_json(self.folder / "result.json", result))
         return result
 
     def _made(self, step: str) -> dict[str, Any] | None:
@@ -273,7 +285,7 @@ class Chain:
         )
         if not result.complete:
             raise Stopped(result.reason, folder)
-        self._once(lambda: files.write_json(folder / "history.json", result.history))
+        self.once(lambda: files.write_json(folder / "history.json", result.history))
 
     def _watchers(self, folder: Path) -> Callable[[Event], None]:
         """Whoever called, and TensorBoard where it is installed."""
@@ -290,7 +302,7 @@ class Chain:
 
         return tell
 
-    def _once(self, write: Callable[[], None]) -> None:
+    def once(self, write: Callable[[], None]) -> None:
         """Let one process write while the others wait."""
         if self.engine.is_main:
             write()
@@ -305,7 +317,10 @@ class Chain:
         return {"task": self.task.to_dict(), "seed": self.seed}
 
     def _origin(self) -> dict[str, Any]:
-        return {**self._notes(), "provenance": provenance(self.engine.device)}
+        return {**self._notes(), "provenance": self._provenance()}
+
+    def _provenance(self) -> dict[str, Any]:
+        return provenance(self.engine.device, self.engine.world_size)
 
 
 def open_task_data(task: Task, folder: Path | str | None, device: torch.device) -> Dataset:
@@ -356,6 +371,19 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+def _check_recipes(task: Task) -> None:
+    """Raise :class:`ConfigError` at recipes that could only fail after hours of work."""
+    if task.dense.distill_weight:
+        raise ConfigError(
+            "dense.distill_weight needs a teacher, and the dense network is the first to be "
+            "trained: set finetune.distill_weight instead"
+        )
+    if task.finetune.class_target and task.conversion.clusters != "classes":
+        raise ConfigError(
+            "finetune.class_target needs conversion.clusters=classes: set both or neither"
+        )
 
 
 def _complete(folder: Path) -> bool:

@@ -16,8 +16,13 @@ import torch
 from sigmabranch.version import __version__
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Command, versions, commit, hardware and date of this process, JSON-able."""
+def provenance(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """Command, versions, commit, hardware and date of this process, JSON-able.
+
+    Args:
+        device: where it computes.
+        processes: how many compute together; a recipe's batch size is that of each.
+    """
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "version": __version__,
@@ -25,6 +30,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "hardware": _hardware(device),
+        "processes": processes,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
 

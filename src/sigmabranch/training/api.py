@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sigmabranch.conversion import class_targets
+from sigmabranch.coupling import fingerprint
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.training.batches import LoaderBatches
 from sigmabranch.training.engine import FabricEngine
@@ -80,6 +83,16 @@ def _fit(
             folder=place,
             engine=engine,
             seed=seed,
+            identity=_network_identity(model),
             evaluate=evaluate,
             **options,
         )
+
+
+def _network_identity(model: nn.Module) -> dict[str, Any]:
+    """What tells one network to train from another: its shapes, and how it was converted."""
+    record = json.dumps(getattr(model, "record", None), sort_keys=True)
+    return {
+        "network": fingerprint(model.state_dict()),
+        "record": hashlib.sha256(record.encode()).hexdigest(),
+    }

@@ -27,7 +27,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = recipe.decay_norm_and_bias or (parameter.ndim >= 2 and name not in exempt)
+            decay = name not in exempt and (recipe.decay_norm_and_bias or parameter.ndim >= 2)
             (decayed if decay else plain).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": recipe.weight_decay},

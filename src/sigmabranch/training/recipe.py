@@ -69,6 +69,8 @@ class Recipe:
         self._require("in [0, 1]", 0, 1, "momentum", "label_smoothing", "distill_weight")
         self._require("in [0, 1]", 0, 1, "step_factor", "ema_decay")
         self._require("positive", math.ulp(0.0), math.inf, "distill_temperature")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"recipe betas must be two numbers in [0, 1), got {self.betas}")
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
                 raise ConfigError(
@@ -92,7 +94,7 @@ class Recipe:
     def _require(self, wording: str, low: float, high: float, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
+            if value is not None and not (low <= value <= high and math.isfinite(value)):
                 raise ConfigError(f"recipe {name} must be {wording}, got {value}")
 
 
