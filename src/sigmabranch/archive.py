@@ -70,7 +70,9 @@ def read_manifest(folder: Path | str, kind: str | None = None) -> dict[str, Any]
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"{folder} holds no saved network: {MANIFEST} is missing")
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
+        hint = f"try one of {', '.join(inside)} in it" if inside else f"{MANIFEST} is missing"
+        raise CheckpointError(f"{folder} holds no saved network: {hint}")
     manifest = files.read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != "sigmabranch":
         raise CheckpointError(f"{folder / MANIFEST} was not written by sigmabranch")

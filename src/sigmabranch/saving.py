@@ -91,7 +91,8 @@ def _dense_skeleton(
         return replace(backbone, model=copy.deepcopy(backbone.model).to("meta"))
     if manifest.get("source") is None:
         raise CheckpointError(
-            f"{folder} was made from a network of your own: pass one of the same shape as skeleton"
+            f"{folder} was made from a network of your own: pass one of the same shape "
+            "as skeleton: sb.load(folder, skeleton=…)"
         )
     with _described(folder), torch.device("meta"):
         return as_backbone(build(manifest["source"]))

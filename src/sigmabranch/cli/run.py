@@ -67,8 +67,9 @@ def finish(chain: Chain, controls: Any, result_file: Path | None, as_json: bool)
         files.write_json(result_file, result)
     run = describe(chain, chain.task, result)
     page = write_report(run, chain.folder / "report")
-    summary = {**result, "report": str(page)}
-    print_result(summary, f"{run.table.to_text()}\nreport: {page}", as_json)
+    summary = {**result, "warnings": run.warnings, "report": str(page)}
+    lines = [run.table.to_text(), *(f"warning: {warning}" for warning in run.warnings)]
+    print_result(summary, "\n".join([*lines, f"report: {page}"]), as_json)
 
 
 def describe(chain: Chain, task: Task, result: dict[str, Any]) -> Run:

@@ -207,7 +207,7 @@ def training_curves(
     _line(routing, finetune, "mean_max_p", new, "mean max P (how sure)", start=start)
     _line(routing, finetune, "agreement", style.BRANCH[1], "agreement of the leaves", start=start)
     _line(routing, finetune, "balance", style.SHARED, "balance of the leaves", start=start)
-    _level(routing, 1 / leaves, "max P of a router that knows nothing")
+    _level(routing, 1 / leaves, "max P of a router that knows nothing", under=True)
     routing.set(title="Routing", ylim=(0, 1.03))
 
     _line(gain, finetune, "routing_gain", new, None, start=start)
@@ -250,15 +250,16 @@ def _line(
         line.set_dashes(dashes)
 
 
-def _level(axes: Axes, value: float, label: str) -> None:
-    """A dashed reference line with its name on it."""
+def _level(axes: Axes, value: float, label: str, *, under: bool = False) -> None:
+    """A dashed reference line with its name over it, or under it where curves run close above."""
     axes.axhline(value, color=style.MUTED, linewidth=0.9, dashes=(4, 3), zorder=1)
     axes.annotate(
         label,
         (0.01, value),
         xycoords=axes.get_yaxis_transform(),
-        xytext=(0, 3),
+        xytext=(0, -3 if under else 3),
         textcoords="offset points",
+        va="top" if under else "baseline",
         color=style.MUTED,
         fontsize=8,
     )
