@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import functools
 import shutil
 from pathlib import Path
 
@@ -14,7 +14,9 @@ from sigmabranch.data import Dataset, EpochBatches, open_data
 from sigmabranch.errors import DataError
 
 Image = pytest.importorskip("PIL.Image")
-from sigmabranch.data import imagenet  # noqa: E402
+from sigmabranch.data import decode, imagenet  # noqa: E402
+from sigmabranch.data.crops import centre_crop  # noqa: E402
+from sigmabranch.data.decode import read_picture  # noqa: E402
 
 CLASSES = ("n01", "n02", "n03")
 
@@ -61,44 +63,13 @@ def test_layout_gives_classes_labels_and_batches(intact: Path) -> None:
     assert batches[0][0].dtype == torch.float32
 
 
-def test_test_images_are_scaled_by_the_short_side_then_cut_at_the_centre() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (36, 48, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels)
-    # 28 * 256/224 = 32 for the short side, 42 for the other; (42 - 28) / 2 = 7, (32 - 28) / 2 = 2.
-    usual = image.resize((42, 32), Image.Resampling.BILINEAR).crop((7, 2, 35, 30))
-    assert np.array_equal(imagenet.centre_crop(image, 28), usual)
-    upright = usual.transpose(Image.Transpose.ROTATE_90)
-    turned = imagenet.centre_crop(image.transpose(Image.Transpose.ROTATE_90), 28)
-    assert np.abs(np.array(turned, dtype=int) - np.array(upright)).max() <= 1
-
-
 def test_batches_are_the_normalised_crops_of_their_files(intact: Path) -> None:
     split = open_folder(intact).train
     (x, _) = next(split.batches(torch.arange(60), 60))
     mean, std = (torch.tensor(v)[:, None, None] for v in (imagenet.MEAN, imagenet.STD))
     for image, name in zip(x, split.files, strict=True):
-        picture = Image.open(intact / "train" / name.decode()).convert("RGB")
-        crop = torch.from_numpy(np.array(imagenet.centre_crop(picture, 16))).permute(2, 0, 1)
+        crop = centre_crop(read_picture(str(intact / "train" / name.decode())), 16)
         assert torch.allclose(image, (crop / 255 - mean) / std, atol=1e-5)
-
-
-def test_training_boxes_lie_inside_with_the_areas_and_ratios_allowed() -> None:
-    rng = random.Random(0)
-    boxes = np.array([imagenet.random_box(rng, 300, 200) for _ in range(4000)])
-    left, top, right, bottom = boxes.T
-    assert left.min() == 0 and top.min() == 0
-    assert right.max() == 300 and bottom.max() == 200
-    width, height = right - left, bottom - top
-    area, ratio = width * height / 60_000, width / height
-    assert 0.075 < area.min() < 0.1 and area.max() > 0.8
-    assert 0.73 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.36
-
-
-@pytest.mark.parametrize("size", [(1000, 1), (1, 1000), (1, 1), (3, 2)])
-def test_extreme_images_have_a_box(size: tuple[int, int]) -> None:
-    for seed in range(50):
-        left, top, right, bottom = imagenet.random_box(random.Random(seed), *size)
-        assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
 
 
 def test_augmentation_follows_from_seed_epoch_and_sample_alone(intact: Path) -> None:
@@ -106,9 +77,9 @@ def test_augmentation_follows_from_seed_epoch_and_sample_alone(intact: Path) -> 
     whole = list(EpochBatches(split, 8, seed=5).epoch(2))
     rest = list(EpochBatches(split, 8, seed=5).epoch(2, start=5))
     assert len(rest) == 3
-    for (x, y), (expected_x, expected_y) in zip(rest, whole[5:], strict=True):
-        assert torch.equal(x, expected_x)
-        assert torch.equal(y, expected_y)
+    for share, expected in zip(rest, whole[5:], strict=True):
+        assert torch.equal(share.x, expected.x)
+        assert torch.equal(share.y, expected.y)
     (one,) = split.batches(torch.arange(10), 10, augment_seed=1)
     (two,) = split.batches(torch.arange(10), 10, augment_seed=2)
     (reverse,) = split.batches(torch.arange(10).flip(0), 10, augment_seed=1)
@@ -137,11 +108,31 @@ def test_worker_processes_give_the_same_and_leave_the_global_generator_alone(
 ) -> None:
     state = torch.get_rng_state()
     here, there = (
-        [x for x, _ in EpochBatches(open_folder(intact, workers).train, 16, seed=0).epoch(0)]
+        [x for x, *_ in EpochBatches(open_folder(intact, workers).train, 16, seed=0).epoch(0)]
         for workers in (0, 2)
     )
     assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_batches_are_the_same_without_simplejpeg(
+    intact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("simplejpeg")
+    split = open_folder(intact).train
+    ((fast, _),) = split.batches(torch.arange(60), 60, augment_seed=3)
+    monkeypatch.setattr(decode, "simplejpeg", None)
+    ((slow, _),) = split.batches(torch.arange(60), 60, augment_seed=3)
+    assert (fast - slow).abs().mean() < 0.02
+
+
+def test_spawned_workers_read_the_same_files(intact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = (open_folder(intact, workers).test for workers in (0, 1))
+    ((expected, _),) = here.batches(torch.arange(6), 6)
+    spawned = functools.partial(imagenet.DataLoader, multiprocessing_context="spawn")
+    monkeypatch.setattr(imagenet, "DataLoader", spawned)
+    ((x, _),) = there.batches(torch.arange(6), 6)
+    assert torch.equal(x, expected)
 
 
 def test_few_unreadable_images_are_named_and_replaced(

@@ -3,14 +3,13 @@
 Any number of classes and any image size. Worker processes decode, cut and scale; the batch is
 normalised on the device.
 
-B batch, N samples.
+B batch, N samples, S side of an image in pixels.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import random
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,32 +18,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as IndexedDataset
 
+from sigmabranch.data.crops import centre_crop, random_crop
+from sigmabranch.data.decode import UNREADABLE, Picture, read_picture
 from sigmabranch.data.seeds import derive_seed
 from sigmabranch.data.split import Dataset, Normalise
-from sigmabranch.errors import DataError, MissingDependency
-
-try:
-    from PIL import Image
-except ImportError as missing:
-    raise MissingDependency("pillow", "data", "reading image folders") from missing
+from sigmabranch.errors import DataError
 
 IMAGE_SIZE = 224
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-# Shares of the image that a training crop covers, and its width over its height.
-CROP_AREA = (0.08, 1.0)
-CROP_RATIO = (3 / 4, 4 / 3)
-# The short side of a test image is this much longer than the crop from its centre.
-TEST_SCALE = 256 / 224
 # More unreadable images than this share of a split are an error.
 UNREADABLE_SHARE = 0.01
 MOST_WORKERS = 16
 
-Box = tuple[float, float, float, float]
 Decoded = tuple[Tensor, int, list[int]]
 
 
@@ -134,7 +124,7 @@ class FolderSplit:
         loader = DataLoader(
             _Decoder(
                 root=self.root,
-                files=self.files,
+                names_NL=torch.from_numpy(self.files.view(np.uint8).reshape(len(self), -1)),
                 image_size=self.image_size,
                 augment_seed=augment_seed,
                 tries=self._tolerated + 1,
@@ -179,10 +169,14 @@ class FolderSplit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Decoder(IndexedDataset[Decoded]):
-    """What a worker process needs: sample number -> (image, sample number used, failed ones)."""
+    """What a worker process needs: sample number -> (image, sample number used, failed ones).
+
+    Images are (3, S, S) uint8. The names are a tensor because tensors are shared with workers
+    that are spawned, where a million names as an array would be sent to one after the other.
+    """
 
     root: str
-    files: np.ndarray
+    names_NL: Tensor
     image_size: int
     augment_seed: int | None
     tries: int
@@ -190,66 +184,29 @@ class _Decoder(IndexedDataset[Decoded]):
     def __getitem__(self, index: int) -> Decoded:
         failed: list[int] = []
         for attempt in range(self.tries):
-            candidate = (index + attempt) % len(self.files)
-            path = os.path.join(self.root, os.fsdecode(self.files[candidate]))
+            candidate = (index + attempt) % len(self.names_NL)
             try:
-                with Image.open(path) as file:
-                    image = file.convert("RGB")
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+                picture = read_picture(os.path.join(self.root, self._name(candidate)))
+                return self._crop(picture, index), candidate, failed
+            except UNREADABLE:
                 failed.append(candidate)
-                continue
-            return _to_tensor(self._cut(image, index)), candidate, failed
         # So many failures make the split raise; an error raised here would lose its one line.
         size = self.image_size
         return torch.zeros(3, size, size, dtype=torch.uint8), index, failed
 
-    def _cut(self, image: Image.Image, index: int) -> Image.Image:
-        size = (self.image_size, self.image_size)
+    def _crop(self, picture: Picture, index: int) -> Tensor:
         if self.augment_seed is None:
-            return centre_crop(image, self.image_size)
-        rng = random.Random(derive_seed(self.augment_seed, index))
-        box = random_box(rng, *image.size)
-        cut = image.resize(size, Image.Resampling.BILINEAR, box)
-        return cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else cut
+            return centre_crop(picture, self.image_size)
+        return random_crop(picture, self.image_size, derive_seed(self.augment_seed, index))
 
-
-def random_box(rng: random.Random, width: int, height: int) -> Box:
-    """A training crop: random area, ratio and place ("inception" crop, Szegedy et al., 2015).
-
-    Returns:
-        (left, top, right, bottom) in whole pixels inside the image. After ten boxes that do not
-        fit, the largest one at the centre whose ratio is allowed.
-    """
-    low, high = CROP_RATIO
-    for _ in range(10):
-        area = width * height * rng.uniform(*CROP_AREA)
-        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left = int(rng.random() * (width - w + 1))
-            top = int(rng.random() * (height - h + 1))
-            return left, top, left + w, top + h
-    w, h = min(width, max(1, round(height * high))), min(height, max(1, round(width / low)))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
-
-
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """Scale the short side to ``size`` * 256/224 pixels, then cut the central square."""
-    scale = round(size * TEST_SCALE) / min(image.size)
-    width, height = (int(side * scale + 1e-6) for side in image.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    scaled = image.resize((width, height), Image.Resampling.BILINEAR)
-    return scaled.crop((left, top, left + size, top + size))
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    def _name(self, index: int) -> str:
+        return os.fsdecode(self.names_NL[index].numpy().tobytes().rstrip(b"\0"))
 
 
 def _collate(samples: Sequence[Decoded]) -> tuple[Tensor, Tensor, list[int]]:
     images, index, failed = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(index), [i for few in failed for i in few]
+    # default_collate writes the batch of a worker straight into memory shared with this process.
+    return default_collate(list(images)), torch.tensor(index), [i for few in failed for i in few]
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:
