@@ -36,6 +36,16 @@ class NumericError(SigmaBranchError):
     """A NaN or infinity in a latent, a statistic or a loss."""
 
 
+class MemoryExhausted(SigmaBranchError):
+    """A training step that needs more memory than the device has."""
+
+
+class ProcessLost(SigmaBranchError):
+    """Another process of the run has ended or gone silent; the last checkpoint is whole."""
+
+    exit_code = 3
+
+
 class MissingDependency(SigmaBranchError):
     """An optional package that this step needs is not installed."""
 

@@ -8,18 +8,21 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
 
+from sigmabranch.data import Share, own_rows
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.routing import Router
 from sigmabranch.training import BranchedObjective, FabricEngine, FinetuneRecipe, fit, loop
 from sigmabranch.tree import TreeSpec
 
-CLASSES, PIXELS, SAMPLES = 5, 6, 96
+CLASSES, PIXELS, SAMPLES = 5, 6, 91
 
 
 def tiny_net(*, dropout: float, norm: bool) -> SigmaBranchNet:
@@ -45,7 +48,9 @@ def tiny_net(*, dropout: float, norm: bool) -> SigmaBranchNet:
 
 
 class Shuffled:
-    """Each epoch's order is drawn from its number; ranks take every other sample."""
+    """Each epoch's order is drawn from its number; the last batch is small and uneven."""
+
+    identity: ClassVar = {}
 
     def __init__(self, batch_size: int, engine: FabricEngine, pause: float) -> None:
         draw = torch.Generator().manual_seed(0)
@@ -53,18 +58,18 @@ class Shuffled:
         self.x = (
             torch.randn(SAMPLES, 1, PIXELS, PIXELS, generator=draw) + self.y[:, None, None, None]
         )
-        self.size, self.engine, self.pause = batch_size, engine, pause
+        self.batch_size, self.engine, self.pause = batch_size, engine, pause
 
     def __len__(self) -> int:
-        return SAMPLES // self.size
+        return math.ceil(SAMPLES / self.batch_size)
 
     def epoch(self, number: int, start: int = 0):
         order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(number))
         for step in range(start, len(self)):
             time.sleep(self.pause)
-            batch = order[step * self.size : (step + 1) * self.size]
-            mine = batch[self.engine.rank :: self.engine.world_size]
-            yield self.x[mine], self.y[mine]
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            mine = own_rows(batch, self.engine.rank, self.engine.world_size)
+            yield Share(self.x[mine], self.y[mine], len(batch))
 
 
 def main() -> None:
@@ -73,6 +78,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--no-norm", action="store_true")
     parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--accumulate", type=int, default=1)
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -98,6 +104,7 @@ def main() -> None:
         recipe,
         folder=args.folder,
         engine=engine,
+        accumulate=args.accumulate,
     )
     if engine.is_main:
         flat = torch.cat([p.detach().flatten() for p in net.parameters()])

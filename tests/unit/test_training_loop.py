@@ -11,7 +11,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sigmabranch.errors import CheckpointError, ConfigError, DataError, NumericError
+from sigmabranch.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MemoryExhausted,
+    NumericError,
+)
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.routing import Router
 from sigmabranch.training import (
@@ -54,14 +60,16 @@ def dense_net():
     )
 
 
-def branched_net():
+def branched_net(norm=True):
     torch.manual_seed(1)
-    tree = TreeSpec(projection_dim=4)
+    tree = TreeSpec(projection_dim=4, projection_dropout=0.1 if norm else 0.0)
     return SigmaBranchNet(
         tree=tree,
         trunk=nn.Linear(WIDTH, 8),
         specializers={
-            node: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())
+            node: nn.Sequential(
+                nn.Linear(8, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.ReLU()
+            )
             for node in tree.specializers
         },
         routers={node: Router(8, nn.Identity(), tree) for node in tree.inner},
@@ -230,37 +238,99 @@ def test_network_of_other_shape_does_not_resume(tmp_path, engine, samples):
     assert "\n" not in str(caught.value)
 
 
-def test_accumulated_small_batches_equal_one_large_batch(tmp_path, engine, samples):
+def test_passes_change_neither_weights_nor_curve_nor_what_a_checkpoint_belongs_to(
+    tmp_path, engine, samples
+):
+    plan = recipe(FinetuneRecipe, batch_size=24, node_grad_scale=True)  # 56 samples: 24, 24 and 8
     ends = []
-    for size, accumulate in ((28, 1), (14, 2)):
-        torch.manual_seed(1)
-        net = nn.Linear(WIDTH, CLASSES)
-        plan = recipe(batch_size=size, accumulate=accumulate)
-        fit(
-            net,
-            DenseObjective(plan),
-            batches(samples, size),
-            plan,
-            folder=tmp_path / str(size),
-            engine=engine,
-        )
-        ends.append(weights(net))
-    torch.testing.assert_close(ends[0], ends[1])
+    for name, passes in (("one", (1, 1)), ("two", (5, 2))):
+        net = branched_net(norm=False)
+        for accumulate, stop_at in zip(passes, (4, None), strict=True):
+            asked = iter(range(1, 100))
+            result = fit(
+                net,
+                BranchedObjective(plan),
+                batches(samples, 24),
+                plan,
+                folder=tmp_path / name,
+                engine=engine,
+                accumulate=accumulate,
+                stop=lambda asked=asked, at=stop_at: next(asked) == at,
+            )
+        ends.append((weights(net), without_seconds(result.history)))
+    torch.testing.assert_close(ends[0][0], ends[1][0])
+    assert len(ends[0][1]) == 3
+    for row, expected in zip(ends[1][1], ends[0][1], strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
 
 
-def test_last_step_of_an_epoch_averages_the_batches_that_are_left(tmp_path, engine, samples):
-    plan = recipe(accumulate=3)
-    seen = []
-    fit(
-        dense_net(),
-        DenseObjective(plan),
-        batches(samples),
-        plan,
-        folder=tmp_path,
-        engine=engine,
-        progress=seen.append,
+def test_less_than_one_pass_is_refused(tmp_path, engine, samples):
+    plan = recipe()
+    call = (dense_net(), DenseObjective(plan), batches(samples), plan)
+    with pytest.raises(ConfigError, match="accumulate is 0"):
+        fit(*call, folder=tmp_path, engine=engine, accumulate=0)
+
+
+class Hungry(DenseObjective):
+    """Runs out of memory above ``most`` samples at once, after the first ``easy`` calls."""
+
+    most, easy, error = 3, 0, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    def __call__(self, model, x, y, progress):
+        self.easy -= 1
+        if self.easy < 0 and len(y) > self.most:
+            raise self.error
+        return super().__call__(model, x, y, progress)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Hungry.error,
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory_says_what_fits_and_with_that_option_the_run_goes_on(
+    tmp_path, engine, samples, error
+):
+    plan = recipe(batch_size=14)
+    call = (batches(samples, 14), plan)
+    hungry = Hungry(plan)
+    hungry.easy, hungry.error = 5, error  # then comes the second step of the second epoch
+    with pytest.raises(MemoryExhausted) as caught:
+        fit(nn.Linear(WIDTH, CLASSES), hungry, *call, folder=tmp_path, engine=engine)
+    message = str(caught.value)
+    assert message.startswith("out of memory with 14 samples per pass; 3 fit: use --accumulate 5;")
+    assert "\n" not in message
+    assert loop.load_checkpoint(tmp_path).step == 4
+    rest = fit(
+        nn.Linear(WIDTH, CLASSES), hungry, *call, folder=tmp_path, engine=engine, accumulate=5
     )
-    assert {event.steps for event in seen} == {3}
+    assert rest.complete
+
+
+def test_a_sample_too_large_for_the_device_is_told_apart(tmp_path, engine, samples):
+    plan, hungry = recipe(), Hungry(recipe())
+    hungry.most = 0
+    with pytest.raises(MemoryExhausted, match="a single one does not fit"):
+        fit(dense_net(), hungry, batches(samples), plan, folder=tmp_path, engine=engine)
+
+
+def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(tmp_path, engine, samples):
+    plan, hungry = recipe(), Hungry(recipe())
+    hungry.error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1"):
+        fit(dense_net(), hungry, batches(samples), plan, folder=tmp_path, engine=engine)
+
+
+def test_another_training_set_does_not_resume(tmp_path, engine, samples):
+    x, y = samples
+    plan = recipe()
+    call = (dense_net(), DenseObjective(plan))
+    fit(*call, batches(samples), plan, folder=tmp_path, engine=engine)
+    with pytest.raises(CheckpointError, match=r"training_data\.samples is 56, this run's 55"):
+        fit(*call, batches((x[:-1], y[:-1])), plan, folder=tmp_path, engine=engine)
 
 
 def test_moving_average_is_evaluated_and_returned(tmp_path, engine, samples):
@@ -443,7 +513,7 @@ def test_loader_entered_in_the_middle_yields_the_same_batches(samples, workers):
         torch.rand(2)  # as dropout would
     rest = list(source.epoch(3, start=4))
     assert len(rest) == 3
-    for (x, y), (again_x, again_y) in zip(whole[4:], rest, strict=True):
+    for (x, y, _), (again_x, again_y, _) in zip(whole[4:], rest, strict=True):
         assert torch.equal(x, again_x)
         assert torch.equal(y, again_y)
     assert not torch.equal(whole[0][1], next(source.epoch(4))[1])

@@ -1,20 +1,25 @@
 """The ``sigmabranch`` command: its verbs, and how their failures end.
 
-Exit codes: 0 done, 2 bad input, 3 stopped early with a checkpoint.
+Exit codes: 0 done, 2 bad input, 3 stopped early (on request, or because another process of the run
+was lost) with a checkpoint. Of several processes the first speaks for all.
 """
 
 from __future__ import annotations
 
-import logging
 import sys
+import time
 from typing import Annotated, NoReturn
 
 import typer
 
-from sigmabranch.cli import convert, count, demo, evaluate, finetune, run, train
+from sigmabranch.cli import convert, count, demo, evaluate, finetune, recipe, run, table, train
 from sigmabranch.errors import SigmaBranchError
 from sigmabranch.tasks import Stopped
+from sigmabranch.training import launched_rank, naming_lost_processes
 from sigmabranch.version import __version__
+
+# How long the first process has to report a failure that all share, before the others do.
+PRECEDENCE_SECONDS = 10.0
 
 app = typer.Typer(
     name="sigmabranch",
@@ -44,29 +49,39 @@ app.command("convert")(convert.command)
 app.command("finetune")(finetune.command)
 app.command("evaluate")(evaluate.command)
 app.command("count")(count.command)
+app.command("recipe")(recipe.command)
+app.command("table")(table.command)
 
 
 def main() -> None:
     """Run the command line; a failure that is the input's fault is one line and exit code 2."""
-    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
     try:
-        status = app(standalone_mode=False)
+        with naming_lost_processes("the last checkpoint"):
+            status = app(standalone_mode=False)
     except SigmaBranchError as error:
         _fail(str(error), error.exit_code)
     except Stopped as stopped:
-        _fail(f"stopped: {stopped}", 3)
+        _fail(f"stopped: {stopped}", 3, shared=True)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted; the same command continues from the last complete step", 130)
+        message = "interrupted; the same command continues from the last complete step"
+        _fail(message, 130, shared=True)
     except typer.TyperException as error:
         # Only the formatted message names the option.
         message = getattr(error, "format_message", error.__str__)()
-        _fail(f"{message.rstrip('.')}; see --help", 2)
+        _fail(f"{message.rstrip('.')}; see --help", 2, shared=True)
     except OSError as error:
         _fail(f"{error.filename or 'a file'}: {error.strerror}; free space or check the path", 2)
     sys.stdout.flush()
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _fail(message: str, status: int) -> NoReturn:
-    print(f"sigmabranch: {' '.join(message.split())}", file=sys.stderr)
+def _fail(message: str, status: int, *, shared: bool = False) -> NoReturn:
+    """Print one line and end; of a failure that all processes share, only the first prints it."""
+    rank = launched_rank()
+    if rank and not shared:
+        # A launcher ends the others when the first has failed; alone, this one must speak.
+        time.sleep(PRECEDENCE_SECONDS)
+    if not (rank and shared):
+        who = f"sigmabranch, process {rank}" if rank else "sigmabranch"
+        print(f"{who}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(status)

@@ -20,6 +20,7 @@ def command(
     seed: options.SameSeed = None,
     device: options.Device = "auto",
     settings: options.Set = None,
+    accumulate: options.Accumulate = 1,
     max_minutes: options.MaxMinutes = None,
     as_json: options.Json = False,
 ) -> None:
@@ -33,6 +34,7 @@ def command(
             data=data,
             seed=old_seed if seed is None else seed,
             device=device,
+            accumulate=accumulate,
             max_minutes=max_minutes,
             start={"converted": net} | ({"dense": dense} if dense.exists() else {}),
             watch=screen.training,

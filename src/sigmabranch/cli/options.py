@@ -50,6 +50,15 @@ Set: TypeAlias = Annotated[
         show_default=False,
     ),
 ]
+Accumulate: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        help="Work through each batch in so many passes, to need less memory; the recipe's batch "
+        "size stays.",
+        metavar="N",
+        min=1,
+    ),
+]
 MaxMinutes: TypeAlias = Annotated[
     float | None,
     typer.Option(

@@ -17,16 +17,19 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from sigmabranch.training import Event
+from sigmabranch.training import Event, launched_rank
 
 _EPOCH_FIGURES = ("loss", "train_top1", "top1", "routing_gain", "mean_max_p", "balance")
 
 
 class Screen:
-    """Progress on stderr: bars on a terminal, one line an epoch anywhere else."""
+    """Progress on stderr: bars on a terminal, one line an epoch anywhere else.
+
+    Of several processes only the first shows anything.
+    """
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, quiet=launched_rank() > 0)
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -36,7 +39,7 @@ class Screen:
             TextColumn("{task.fields[figures]}"),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
+            disable=self.console.quiet or not self.console.is_terminal,
         )
         self._known: dict[str, TaskID] = {}
 

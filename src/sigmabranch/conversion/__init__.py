@@ -1,8 +1,9 @@
 """Phases 0 to 5: from a dense network and its data to a branched network."""
 
-from sigmabranch.conversion.cluster import Clusters, Shards, spherical_kmeans
+from sigmabranch.conversion.cluster import Clusters, spherical_kmeans
 from sigmabranch.conversion.convert import blueprint, convert, rebuild, single_path
 from sigmabranch.conversion.record import ConversionRecord, ConversionSpec, class_targets
+from sigmabranch.conversion.shards import Shards
 
 __all__ = [
     "Clusters",

@@ -2,6 +2,7 @@
 
 A pass keeps the latents (N × D float32: 26 MB for 50,000 samples of 128) or the channel sums
 (K × C float64 per node), nothing else. Every pass routes its samples anew, so a loader may shuffle.
+Several processes are given the same loader and divide its batches (see :mod:`.shards`).
 
 Shapes: B batch, C channels, K clusters.
 """
@@ -14,14 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sigmabranch.conversion.cluster import Shards
+from sigmabranch.conversion.shards import Shards
 from sigmabranch.errors import ConfigError, DataError, NumericError
 
 
 def stream(
-    loader: Iterable[Sequence[Tensor]], samples: int, device: torch.device
+    loader: Iterable[Sequence[Tensor]],
+    samples: int,
+    device: torch.device,
+    shards: Shards = Shards(),
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first ``samples`` inputs and labels of a loader, batch by batch, on ``device``.
+    """This process's batches among the first ``samples`` inputs and labels, on ``device``.
 
     Raises:
         ConfigError: the loader can be read only once.
@@ -29,33 +33,33 @@ def stream(
     """
     if iter(loader) is loader:
         raise ConfigError("the loader is used up after one pass: give a list or a DataLoader")
-    left = samples
-    for batch in loader:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise DataError("each batch of the loader must be a pair (inputs, labels)")
-        x, y = (part[:left].to(device) for part in batch)
-        left -= len(x)
-        yield x, y
-        if left == 0:
-            return
-    if left == samples:
+    empty = True
+    for x, y in shards.own(loader, samples):
+        empty = False
+        yield x.to(device), y.to(device)
+    if empty and shards.world == 1:  # several notice when they meet
         raise DataError("the loader is empty: give at least one batch")
 
 
 class ChannelSums:
-    """Mean activation of every channel over every cluster, summed batch by batch."""
+    """Mean activation of every channel over every cluster, summed batch by batch.
 
-    def __init__(self, clusters: int = 2) -> None:
+    Args:
+        channels: C.
+        device: of what will be added.
+        clusters: K.
+    """
+
+    def __init__(self, channels: int, device: torch.device, clusters: int = 2) -> None:
         self.clusters = clusters
-        # Scalars take the shape and device of whatever is added to them.
-        self.sum_KC = torch.zeros(())
-        self.size_K = torch.zeros(())
+        self.sum_KC = torch.zeros(clusters, channels, dtype=torch.float64, device=device)
+        self.size_K = torch.zeros(clusters, dtype=torch.float64, device=device)
 
     def add(self, pooled_BC: Tensor, cluster_B: Tensor) -> None:
         """Count each row of ``pooled_BC`` towards its cluster."""
         one_hot_BK = nn.functional.one_hot(cluster_B, self.clusters).double()
-        self.sum_KC = self.sum_KC + one_hot_BK.T @ pooled_BC.double()
-        self.size_K = self.size_K + one_hot_BK.sum(0)
+        self.sum_KC += one_hot_BK.T @ pooled_BC.double()
+        self.size_K += one_hot_BK.sum(0)
 
     def mean(self, shards: Shards, where: str) -> Tensor:
         """(K, C) float64 means over all processes.
@@ -111,3 +115,4 @@ def _average(norm: _BatchNorm, before: Mapping[str, Tensor], shards: Shards) -> 
     for name in ("running_mean", "running_var"):
         seen = shards.sum(buffers[name] * batches)
         buffers[name].copy_(seen / total if total > 0 else before[name])
+    buffers["num_batches_tracked"].copy_(total)

@@ -1,6 +1,6 @@
 """Spherical k-means: the split of the latents that also gives the router its weights.
 
-Shapes: N samples (of this process), D latent length, K clusters, R restarts run side by side.
+Shapes: N samples, D latent length, K clusters, R restarts run side by side.
 
 Every partition here is linear in the latent: centring and balancing only move the threshold. So the
 argmax of a router with ``weight = centroid`` and ``bias = offset`` *is* the partition (paper,
@@ -10,7 +10,6 @@ section III-C, phase 1).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,21 +21,8 @@ from sigmabranch.errors import ConfigError, ConversionError, NumericError
 # and only the finalists go on with all: the outcomes of many restarts hardly differ.
 SETTLING_SAMPLES = 8192
 FINALISTS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Shards:
-    """How the samples are spread over processes; the default is one process with all of them.
-
-    Attributes:
-        rank: this process.
-        world: number of processes.
-        sum: adds a tensor over all processes.
-    """
-
-    rank: int = 0
-    world: int = 1
-    sum: Callable[[Tensor], Tensor] = lambda tensor: tensor
+# Relative difference below which float32 latents are equal.
+SAME = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +33,7 @@ class Clusters:
         centroid: (K, D) float64, unit rows: the router's weights.
         offset: (K,) float64: the router's bias; zero unless centred or balanced.
         assignment: (N,) int64, argmax of ``latent @ centroid.T + offset``.
-        sizes: samples per cluster, over all processes.
+        sizes: samples per cluster.
         objective: mean cosine of a sample with its centroid.
         margin: mean cosine with the own centroid minus that with the best other one.
     """
@@ -69,7 +55,6 @@ def spherical_kmeans(
     centred: bool = False,
     balanced: bool = False,
     seed: int = 0,
-    shards: Shards = Shards(),
 ) -> Clusters:
     """Partition latents by direction (Dhillon & Modha, 2001), best of several seedings.
 
@@ -79,7 +64,7 @@ def spherical_kmeans(
     the seed alone.
 
     Args:
-        latent_ND: (N, D) float, on any device; this process's samples.
+        latent_ND: (N, D) float, on any device.
         clusters: K.
         restarts: seedings tried side by side; the best objective wins.
         iterations: at most this many rounds on the same samples; a restart ends when no assignment
@@ -87,7 +72,6 @@ def spherical_kmeans(
         centred: subtract the mean latent first, so that a common direction cannot hide the split.
         balanced: halve the samples at every round (K = 2 only).
         seed: of the seeding.
-        shards: where the other samples are.
 
     Raises:
         ConversionError: fewer samples, or fewer distinct directions, than clusters.
@@ -96,14 +80,16 @@ def spherical_kmeans(
     """
     if balanced and clusters != 2:
         raise ConfigError(f"balanced clusters come in pairs, got {clusters}: turn balancing off")
-    if int(shards.sum((~torch.isfinite(latent_ND)).sum())):  # one process's NaN stops them all
+    if not bool(torch.isfinite(latent_ND).all()):
         raise NumericError("a latent is NaN or infinite: check the dense network and the input")
-    rounds = _Rounds(latent_ND, clusters, centred=centred, balanced=balanced, shards=shards)
+    rounds = _Rounds(latent_ND, clusters, centred=centred, balanced=balanced)
     if rounds.count < clusters:
         raise ConversionError(
             f"{rounds.count} calibration samples cannot make {clusters} clusters: "
             "calibrate on more data"
         )
+    if _alike(latent_ND):
+        raise _too_few_directions(rounds.count, clusters)
     generator = torch.Generator().manual_seed(seed)
     stride = rounds.count // SETTLING_SAMPLES
     if stride < 2:
@@ -113,30 +99,36 @@ def spherical_kmeans(
     return rounds.best(rounds.run(rounds.leading(settled_RKD, FINALISTS), iterations))
 
 
+def _alike(latent_ND: Tensor) -> bool:
+    """Whether all latents are one, but for rounding, which several threads do differently."""
+    spread = (latent_ND - latent_ND[:1]).abs().amax()
+    return bool(spread <= SAME * latent_ND.abs().amax())
+
+
+def _too_few_directions(samples: int, clusters: int) -> ConversionError:
+    return ConversionError(
+        f"the {samples} latents have fewer than {clusters} distinct directions: "
+        "calibrate on more varied data"
+    )
+
+
 class _Rounds:
     """Lloyd's iteration for R restarts at once."""
 
-    def __init__(
-        self, latent_ND: Tensor, clusters: int, *, centred: bool, balanced: bool, shards: Shards
-    ) -> None:
-        self.clusters, self.balanced, self.shards = clusters, balanced, shards
+    def __init__(self, latent_ND: Tensor, clusters: int, *, centred: bool, balanced: bool) -> None:
+        self.clusters, self.balanced, self.count = clusters, balanced, len(latent_ND)
         latent_ND = latent_ND.double()
-        self.count = self._count(latent_ND)
         self.mean_D = torch.zeros_like(latent_ND[:1]).sum(0)
         if centred:
-            self.mean_D = shards.sum(latent_ND.sum(0)) / self.count
+            self.mean_D = latent_ND.sum(0) / self.count
         self.latent_ND = latent_ND - self.mean_D
         self.unit_ND = torch.nn.functional.normalize(self.latent_ND, dim=1)
-
-    def _count(self, latent_ND: Tensor) -> int:
-        """Samples of all processes."""
-        return int(self.shards.sum(torch.tensor(len(latent_ND), device=latent_ND.device)))
 
     def thinned(self, stride: int) -> _Rounds:
         """The same for every ``stride``-th sample, with the mean of all."""
         part = copy.copy(self)
         part.latent_ND, part.unit_ND = self.latent_ND[::stride], self.unit_ND[::stride]
-        part.count = self._count(part.latent_ND)
+        part.count = len(part.latent_ND)
         return part
 
     def seeded(self, restarts: int, generator: torch.Generator) -> Tensor:
@@ -151,26 +143,11 @@ class _Rounds:
         return torch.stack(seeds)
 
     def _draw(self, weight_N: Tensor, generator: torch.Generator) -> Tensor:
-        """One sample's direction, drawn by weight over the samples of all processes."""
-        total_W = self._by_rank(weight_N.sum())
-        point = torch.rand((), generator=generator, dtype=torch.float64).to(total_W.device)
-        point = point * total_W.sum()
-        edges_W = total_W.cumsum(0)
-        owner = int((edges_W <= point).sum().clamp(max=self.shards.world - 1))
-        local = point - edges_W[owner] + total_W[owner]
-        index = int((weight_N.cumsum(0) <= local).sum().clamp(max=max(len(weight_N) - 1, 0)))
-        return self._from_owner(owner, index)
-
-    def _by_rank(self, value: Tensor) -> Tensor:
-        """A scalar of each process, side by side: (W,)."""
-        slots_W = value.new_zeros(self.shards.world)
-        slots_W[self.shards.rank] = value
-        return self.shards.sum(slots_W)
-
-    def _from_owner(self, owner: int, index: int) -> Tensor:
-        if owner == self.shards.rank:
-            return self.shards.sum(self.unit_ND[index].clone())
-        return self.shards.sum(torch.zeros_like(self.mean_D))
+        """One sample's direction, drawn by weight."""
+        point = torch.rand((), generator=generator, dtype=torch.float64).to(weight_N.device)
+        passed_N = weight_N.cumsum(0) <= point * weight_N.sum()
+        index = int(passed_N.sum().clamp(max=self.count - 1))
+        return self.unit_ND[index].clone()
 
     def run(self, centroid_RKD: Tensor, iterations: int) -> Tensor:
         """Assign and average in turn; a restart rests once none of its assignments changes.
@@ -183,13 +160,13 @@ class _Rounds:
         for _ in range(iterations):
             nearest_RN = self._assign(centroid_RKD[open_R])
             moved_RN = nearest_RN != cluster_RN
-            moving_R = self.shards.sum(moved_RN.sum(1)).cpu() > 0
+            moving_R = moved_RN.any(1).cpu()
             if not bool(moving_R.any()):
                 break
             rows_M = moved_RN.any(0).nonzero().flatten()
             change_RKM = self._member(nearest_RN[:, rows_M]) - self._member(cluster_RN[:, rows_M])
-            sum_RKD[open_R] += self.shards.sum(change_RKM @ self.unit_ND[rows_M])
-            size_RK[open_R] += self.shards.sum(change_RKM.sum(-1))
+            sum_RKD[open_R] += change_RKM @ self.unit_ND[rows_M]
+            size_RK[open_R] += change_RKM.sum(-1)
             open_R, cluster_RN = open_R[moving_R], nearest_RN[moving_R]
             centroid_RKD[open_R] = self._average(
                 sum_RKD[open_R], size_RK[open_R], centroid_RKD[open_R]
@@ -215,13 +192,12 @@ class _Rounds:
         return lead_RJN.new_zeros(len(lead_RJN))
 
     def _median(self, value_RN: Tensor) -> Tensor:
-        """A value with half the samples of all processes above it, by bisection: (R,)."""
-        bound = self._by_rank(value_RN.abs().amax() if value_RN.numel() else self.mean_D.sum())
-        high_R = bound.amax().expand(len(value_RN))
+        """A value with half the samples above it, by bisection: (R,)."""
+        high_R = value_RN.abs().amax().expand(len(value_RN))
         low_R, half = -high_R, self.count // 2
         for _ in range(60):
             middle_R = (low_R + high_R) / 2
-            above_R = self.shards.sum((value_RN > middle_R[:, None]).sum(1))
+            above_R = (value_RN > middle_R[:, None]).sum(1)
             low_R = torch.where(above_R >= half, middle_R, low_R)
             high_R = torch.where(above_R <= half, middle_R, high_R)
             if bool((low_R == high_R).all()):
@@ -242,9 +218,7 @@ class _Rounds:
 
     def _worst_fit(self, centroid_KD: Tensor) -> Tensor:
         best_N = (self.unit_ND @ centroid_KD.T).amax(1)
-        worst = best_N.min() if len(best_N) else best_N.new_tensor(torch.inf)
-        owner = int(self._by_rank(worst).argmin())
-        return self._from_owner(owner, int(best_N.argmin()) if len(best_N) else 0)
+        return self.unit_ND[int(best_N.argmin())].clone()
 
     def leading(self, centroid_RKD: Tensor, number: int) -> Tensor:
         """The restarts with the largest objectives, best first."""
@@ -255,24 +229,21 @@ class _Rounds:
         """Cosine of every sample with its centroid, (R, N), and the mean over all samples, (R,)."""
         cosine_RKN = centroid_RKD @ self.unit_ND.T
         own_RN = cosine_RKN.gather(1, self._assign(centroid_RKD)[:, None]).squeeze(1)
-        return own_RN, self.shards.sum(own_RN.sum(1)) / self.count
+        return own_RN, own_RN.sum(1) / self.count
 
     def best(self, centroid_RKD: Tensor) -> Clusters:
         """The restart with the largest objective, as a router."""
         own_RN, objective_R = self._fit(centroid_RKD)
-        # Rounding must not choose between equal restarts: processes and devices would disagree.
+        # Rounding must not choose between equal restarts: devices would disagree.
         winner = int((objective_R > objective_R.max() - 1e-9).nonzero()[0])
         centroid_KD, own_N = centroid_RKD[winner], own_RN[winner]
         bias_K = torch.zeros_like(centroid_KD[:, 0])
         bias_K[0] = self._threshold(self._lead(centroid_KD[None]))
         assignment_N = (self.latent_ND @ centroid_KD.T + bias_K).argmax(1)
         member_KN = self._member(assignment_N[None])[0]
-        size_K = self.shards.sum(member_KN.sum(1)).long()
+        size_K = member_KN.sum(1).long()
         if int(size_K.min()) == 0:
-            raise ConversionError(
-                f"the {self.count} latents have fewer than {self.clusters} distinct directions: "
-                "calibrate on more varied data"
-            )
+            raise _too_few_directions(self.count, self.clusters)
         cosine_KN = centroid_KD @ self.unit_ND.T
         other_N = cosine_KN.masked_fill(member_KN.bool(), -torch.inf).amax(0)
         return Clusters(
@@ -281,5 +252,5 @@ class _Rounds:
             assignment=assignment_N,
             sizes=tuple(size_K.tolist()),
             objective=float(objective_R[winner]),
-            margin=float(self.shards.sum((own_N - other_N).sum()) / self.count),
+            margin=float((own_N - other_N).mean()),
         )

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from sigmabranch.backbones import Backbone, as_backbone
-from sigmabranch.conversion.calibrate import ChannelSums, reestimate_norms
-from sigmabranch.conversion.cluster import Shards
-from sigmabranch.conversion.growth import Growth, Loader, Progress
+from sigmabranch.conversion.calibrate import reestimate_norms
+from sigmabranch.conversion.growth import Growth, Progress
 from sigmabranch.conversion.record import ConversionRecord, ConversionSpec, Split
 from sigmabranch.conversion.select import Selection, top_units
+from sigmabranch.conversion.shards import Loader, Shards
 from sigmabranch.errors import ConfigError
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.tree import TreeSpec
@@ -46,7 +46,8 @@ def convert(
         spec: how to choose clusters and channels; the paper's way if None.
         device: where to calibrate; the dense network's device if None.
         progress: called with (what, samples done, samples in all).
-        shards: how the calibration data is spread over processes.
+        shards: the processes that work together; each is given the same loader, which must yield
+            the same batches in each.
 
     Returns:
         The branched network in eval mode on ``device``; ``net.record`` explains every decision.
@@ -155,7 +156,7 @@ def single_path(
     spec, tree = spec or ConversionSpec(), tree or TreeSpec()
     growth = Growth(as_backbone(dense), loader, tree, spec, device, Shards(), None)
     everything = tuple(range(1, tree.depth + 1))
-    sums = {level: ChannelSums(clusters=1) for level in everything}
+    sums = {level: growth.channel_sums(level, clusters=1) for level in everything}
     for x, _ in growth.stream("activations", spec.samples):
         for level, pooled_BC in growth.dense_activations(x, 1, tree.depth).items():
             sums[level].add(pooled_BC, torch.zeros_like(pooled_BC[:, 0], dtype=torch.int64))

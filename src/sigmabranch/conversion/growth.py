@@ -11,7 +11,7 @@ Shapes: B batch, N samples, C channels, D latent length, K clusters, V classes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain
@@ -27,18 +27,18 @@ from sigmabranch.conversion.calibrate import (
     saw_data,
     stream,
 )
-from sigmabranch.conversion.cluster import Shards, spherical_kmeans
+from sigmabranch.conversion.cluster import spherical_kmeans
 from sigmabranch.conversion.cut import Cutter
 from sigmabranch.conversion.record import ConversionRecord, ConversionSpec, NodeChannels, Split
 from sigmabranch.conversion.select import Selection, select_at_random, select_by_activation
+from sigmabranch.conversion.shards import Loader, Shards
 from sigmabranch.coupling import SlicePlan, fingerprint, trace
-from sigmabranch.errors import ConfigError, ConversionError, DataError
+from sigmabranch.errors import ConversionError, DataError
 from sigmabranch.net import SigmaBranchNet, take
 from sigmabranch.routing import Router
 from sigmabranch.tree import NodeId, TreeSpec, node_key
 
 Progress = Callable[[str, int, int], None]
-Loader = Iterable[Sequence[Tensor]]
 
 
 class Growth:
@@ -61,7 +61,7 @@ class Growth:
         self.levels = backbone.levels(tree.depth, tree.cuts)
         self.example = next(stream(loader, 2, device))[0]
         self.backbone.check(self.example)
-        watched = (*self.levels.outputs(), self.backbone.head[-1])
+        watched = (*self.levels.outputs(), self.backbone.head[-1], *self.backbone.whole)
         coupling = trace(self.backbone.model, self.example[:1], watch=watched)
         self.cutter = Cutter(self.backbone, self.levels, coupling)
         source_widths = [len(coupling.output_axis(end).units) for end in self.levels.outputs()[1:]]
@@ -106,18 +106,31 @@ class Growth:
         """Collect the latents at the nodes and split each node's samples in two."""
         latents: dict[NodeId, list[Tensor]] = {node: [] for node in nodes}
         labels: dict[NodeId, list[Tensor]] = {node: [] for node in nodes}
-        self.record.samples = 0
+        samples = torch.zeros((), dtype=torch.int64)
+        none_0D = torch.empty(0, self.tree.projection_dim, device=self.device)
         for x, y in self.stream(f"latents of level {len(nodes[0])}", self.spec.samples):
-            self.record.samples += len(x)
+            samples += len(x)
+            for node in nodes:  # which not every batch reaches
+                latents[node].append(none_0D)
+                labels[node].append(y[:0])
             for node, feature, rows in self._arrivals(x, y, len(nodes[0])):
-                latents[node].append(self.routers[node].latent(feature))
-                labels[node].append(y[rows])
+                latents[node][-1] = self.routers[node].latent(feature)
+                labels[node][-1] = y[rows]
+        self.record.samples = int(self.shards.sum(samples))
         for node in nodes:
-            empty = torch.empty(0, self.tree.projection_dim, device=self.device)
-            latent_ND = torch.cat([empty, *latents[node]])
-            label_N = torch.cat([empty[:, 0].long(), *labels[node]])
-            self.record.splits[node] = self._split(node, latent_ND, label_N)
+            latent_ND = self.shards.gather(latents[node])
+            label_N = self.shards.gather(labels[node])
+            self.record.splits[node] = self._agreed(self._split(node, latent_ND, label_N))
             self._set_gate(node)
+
+    def _agreed(self, split: Split) -> Split:
+        """Process 0's router, in case the machines' arithmetic differs in the last bit."""
+        first = self.shards.first
+        return replace(
+            split,
+            gate_weight=first(torch.tensor(split.gate_weight)).tolist(),
+            gate_bias=first(torch.tensor(split.gate_bias)).tolist(),
+        )
 
     def _split(self, node: NodeId, latent_ND: Tensor, label_N: Tensor) -> Split:
         cluster = partial(
@@ -127,7 +140,7 @@ class Growth:
             seed=self._seed(node),
         )
         if self.spec.clusters == "latents":
-            return Split.of(cluster(latent_ND, balanced=self.spec.balanced, shards=self.shards))
+            return Split.of(cluster(latent_ND, balanced=self.spec.balanced))
         mean_VD, seen_V = self._class_means(latent_ND, label_N)
         if int(seen_V.sum()) < 2:
             raise ConversionError(
@@ -136,15 +149,13 @@ class Growth:
             )
         clusters = cluster(mean_VD[seen_V], balanced=True)
         class_branch_V = (mean_VD @ clusters.centroid.T + clusters.offset).argmax(1)
-        sizes = self.shards.sum(torch.bincount(class_branch_V[label_N], minlength=2))
+        sizes = torch.bincount(class_branch_V[label_N], minlength=2)
         return replace(
             Split.of(clusters), sizes=sizes.tolist(), class_branch=class_branch_V.tolist()
         )
 
     def _class_means(self, latent_ND: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
         """Mean latent per class, (V, D) float64, and which classes were seen, (V,) bool."""
-        if self.shards.world > 1:
-            raise ConfigError("clusters=classes works in one process: use clusters=latents")
         classes = int(label_N.max()) + 1 if not self.record.splits else len(self._class_table())
         size_V = torch.bincount(label_N, minlength=classes)
         sum_VD = torch.zeros(classes, latent_ND.shape[1], dtype=torch.float64, device=self.device)
@@ -193,7 +204,7 @@ class Growth:
         """Mean pooled activation of each source channel over each cluster of each node."""
         depth, deepest = len(nodes[0]), max(map(self._deepest, nodes))
         sums = {
-            (node, level): ChannelSums()
+            (node, level): self.channel_sums(level)
             for node in nodes
             for level in range(depth + 1, self._deepest(node) + 1)
         }
@@ -208,6 +219,10 @@ class Growth:
         for (node, level), total in sums.items():
             means[node][outputs[level]] = total.mean(self.shards, outputs[level])
         return means
+
+    def channel_sums(self, level: int, clusters: int = 2) -> ChannelSums:
+        """Nothing yet of the activations behind that level."""
+        return ChannelSums(len(self.cutter.unit_of_channel(level)), self.device, clusters)
 
     def dense_activations(self, x: Tensor, first: int, last: int) -> dict[int, Tensor]:
         """Pooled (B, C) output of the dense network after each of the levels first..last."""
@@ -385,13 +400,13 @@ class Growth:
         return table_V[label_B]
 
     def stream(self, what: str, samples: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The calibration data, with its progress told."""
-        done = 0
-        for x, y in stream(self.loader, samples, self.device):
+        """This process's part of the calibration data, with its progress told."""
+        done, own = 0, -(-samples // self.shards.world)
+        for x, y in stream(self.loader, samples, self.device, self.shards):
             yield x, y
             done += len(x)
             if self.progress is not None:
-                self.progress(what, done, samples)
+                self.progress(what, min(done, own), own)
 
     def _seed(self, node: NodeId) -> int:
         """A seed of its own for every node."""

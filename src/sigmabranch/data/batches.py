@@ -1,10 +1,16 @@
-"""The order in which training sees a split, as a function of seed, epoch and step."""
+"""The order in which training sees a split, as a function of seed, epoch and step.
+
+What a step is made of (its samples, their augmentation) never depends on how many processes share
+the work, so a run can go on with another number of them.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,17 +22,40 @@ from sigmabranch.errors import ConfigError
 _ORDER, _AUGMENT = 0, 1
 
 
+class Share(NamedTuple):
+    """One process's samples of one optimizer step.
+
+    A process for which the step has no sample holds the step's first one, which
+    :func:`own_samples` does not count.
+
+    Attributes:
+        x: inputs.
+        y: labels.
+        total: samples of the step over all processes.
+    """
+
+    x: Tensor
+    y: Tensor
+    total: int
+
+
+def own_samples(total: int, rank: int, world_size: int) -> int:
+    """How many of ``total`` samples fall to ``rank``; the shares differ by at most one."""
+    return len(range(rank, total, world_size))
+
+
+def own_rows(rows: Tensor, rank: int, world_size: int) -> Tensor:
+    """Every ``world_size``-th row from ``rank`` on, or the first where that is none."""
+    return rows[rank::world_size] if rank < len(rows) else rows[:1]
+
+
 @dataclass(frozen=True, slots=True)
 class EpochBatches:
-    """Shuffled, augmented batches of one process; any epoch can be entered at any step.
-
-    Every process takes equally many steps: the order is filled up from its beginning (or, with
-    ``drop_last``, cut) to a multiple of ``world_size``, and each rank takes every
-    ``world_size``-th sample of it.
+    """One process's part of shuffled, augmented batches; any epoch can be entered at any step.
 
     Attributes:
         split: the samples.
-        batch_size: samples a batch on this process.
+        batch_size: samples of an optimizer step, over all processes.
         seed: orders and augmentation follow from it and the epoch's number.
         rank: number of this process.
         world_size: number of processes.
@@ -34,7 +63,8 @@ class EpochBatches:
         drop_last: leave out a last batch smaller than ``batch_size``.
 
     Raises:
-        ConfigError: sizes out of range, or not one full batch with ``drop_last``.
+        ConfigError: sizes out of range, fewer samples a step than processes, or not one full batch
+            with ``drop_last``.
     """
 
     split: Split
@@ -50,33 +80,47 @@ class EpochBatches:
             raise ConfigError(f"batch_size is {self.batch_size}; give 1 or more")
         if not 0 <= self.rank < self.world_size:
             raise ConfigError(f"rank {self.rank} is not one of {self.world_size} processes")
+        if self.batch_size < self.world_size:
+            raise ConfigError(
+                f"a batch_size of {self.batch_size} leaves some of {self.world_size} processes "
+                "without a sample; use fewer processes or a larger batch_size"
+            )
         if len(self) == 0:
             raise ConfigError(
-                f"{len(self.split)} samples on {self.world_size} processes do not fill one batch "
-                f"of {self.batch_size}; use a smaller batch_size or more samples"
+                f"{len(self.split)} samples do not fill one batch of {self.batch_size}; "
+                "use a smaller batch_size or more samples"
             )
 
     def __len__(self) -> int:
         """Steps in an epoch."""
         if self.drop_last:
-            return len(self.split) // self.world_size // self.batch_size
-        return math.ceil(self._share() / self.batch_size)
+            return len(self.split) // self.batch_size
+        return math.ceil(len(self.split) / self.batch_size)
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images, labels) of epoch ``number``, from step ``start`` on."""
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these samples from others, JSON-able: their number and their labels."""
+        labels_N = self.split.labels.cpu().long().contiguous()
+        return {
+            "samples": len(self.split),
+            "classes": len(labels_N.unique()),
+            "labels": hashlib.sha256(labels_N.numpy().tobytes()).hexdigest(),
+        }
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Share]:
+        """Yield this process's shares of epoch ``number``, from step ``start`` on."""
         augment_seed = derive_seed(self.seed, number, _AUGMENT) if self.augment else None
-        return self.split.batches(
-            self.order(number), self.batch_size, augment_seed=augment_seed, start=start
-        )
+        # Every step but the last has equally many samples for this process, so its shares are the
+        # batches of one long order.
+        size = own_samples(self.batch_size, self.rank, self.world_size)
+        pairs = self.split.batches(self.order(number), size, augment_seed=augment_seed, start=start)
+        for step, (x, y) in enumerate(pairs, start):
+            total = min(self.batch_size, len(self.split) - step * self.batch_size)
+            yield Share(x, y, total)
 
     def order(self, number: int) -> Tensor:
-        """int64 sample numbers of this rank in epoch ``number``."""
+        """int64 sample numbers of this process in epoch ``number``."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, number, _ORDER))
         order = torch.randperm(len(self.split), generator=generator)
-        if self.drop_last:
-            return order[self.rank :: self.world_size][: len(self) * self.batch_size]
-        filled = torch.arange(self._share() * self.world_size) % len(order)
-        return order[filled[self.rank :: self.world_size]]
-
-    def _share(self) -> int:
-        return math.ceil(len(self.split) / self.world_size)
+        steps = order.split(self.batch_size)[: len(self)]
+        return torch.cat([own_rows(rows, self.rank, self.world_size) for rows in steps])

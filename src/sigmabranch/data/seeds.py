@@ -49,6 +49,11 @@ def below(bits: Tensor, bound: int) -> Tensor:
     return (bits * bound) >> 32
 
 
+def uniform(bits: Tensor) -> Tensor:
+    """Map 32-bit numbers to float32 in [0, 1), in steps of 2**-24."""
+    return (bits >> 8).to(torch.float32) * 2**-24
+
+
 def _mix(x: Tensor) -> Tensor:
     # A 32-bit xor-shift-multiply bijection held in int64. Both multipliers are below 2**31, so no
     # product reaches 2**63 and no signed overflow is relied on.

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sigmabranch.conversion import Shards
 from sigmabranch.coupling import evaluating
 from sigmabranch.errors import ConfigError, DataError, NumericError
 from sigmabranch.measure.routes import (
@@ -37,6 +38,7 @@ def evaluate(
     *,
     class_leaf: Sequence[int] | None = None,
     seed: int = 0,
+    shards: Shards = Shards(),
 ) -> dict[str, Any]:
     """Measure a branched network on (inputs, labels) batches, moved to its device.
 
@@ -50,6 +52,7 @@ def evaluate(
         class_leaf: the leaf to which ``leaf_by_class`` sends each class, normally
             ``best_leaf_of_class`` of the training split; this split's own best if None.
         seed: of the shuffled routes.
+        shards: the processes that divide the batches, given the same ones; all get all figures.
 
     Returns:
         JSON-able; accuracies in percent, the rest as fractions. ``samples``; ``top1`` and ``top5``
@@ -65,9 +68,9 @@ def evaluate(
         NumericError: a NaN or infinite logit.
         ConfigError: ``class_leaf`` does not name one leaf per class.
     """
-    facts = _Facts()
+    facts = _Facts(shards)
     with torch.no_grad(), evaluating(net):
-        for x, y in _on_device(net, batches):
+        for x, y in _on_device(net, shards.own(batches)):
             soft = net.soft(x)
             leaf_B = net.routes.hard(soft.branch_log_prob)
             logits_BLV = soft.logits.float()
@@ -104,8 +107,15 @@ def evaluate(
     }
 
 
-def evaluate_dense(model: nn.Module, batches: Batches) -> dict[str, Any]:
+def evaluate_dense(
+    model: nn.Module, batches: Batches, *, shards: Shards = Shards()
+) -> dict[str, Any]:
     """Measure a network (B, ...) → (B, V) on (inputs, labels) batches, moved to its device.
+
+    Args:
+        model: the network; its training mode is restored.
+        batches: read once.
+        shards: as for :func:`evaluate`.
 
     Returns:
         ``samples``, ``top1`` and ``top5`` in percent, ``loss`` (mean cross-entropy, nats).
@@ -114,9 +124,9 @@ def evaluate_dense(model: nn.Module, batches: Batches) -> dict[str, Any]:
         DataError: no samples, or labels outside the network's classes.
         NumericError: a NaN or infinite logit.
     """
-    facts = _Facts()
+    facts = _Facts(shards)
     with torch.no_grad(), evaluating(model):
-        for x, y_B in _on_device(model, batches):
+        for x, y_B in _on_device(model, shards.own(batches)):
             logits_BV = model(x).float()
             inside_B = y_B.clamp(
                 0, logits_BV.shape[1] - 1
@@ -138,10 +148,12 @@ def evaluate_dense(model: nn.Module, batches: Batches) -> dict[str, Any]:
 
 
 class _Facts:
-    """Columns of per-sample values, grown batch by batch on the device."""
+    """Columns of per-sample values, grown batch by batch on the device, read over all processes."""
 
-    def __init__(self) -> None:
+    def __init__(self, shards: Shards) -> None:
+        self._shards = shards
         self._columns: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self._whole: dict[str, Tensor] = {}
         self._classes = 0
 
     def add(self, logits: Tensor, y_B: Tensor, **columns_B: Tensor) -> None:
@@ -152,7 +164,9 @@ class _Facts:
             self._columns[name].append(values_B)
 
     def __getitem__(self, name: str) -> Tensor:
-        return torch.cat(self._columns[name])
+        if name not in self._whole:
+            self._whole[name] = self._shards.gather(self._columns[name])
+        return self._whole[name]
 
     def mean(self, name: str) -> float:
         return self[name].double().mean().item()
@@ -162,7 +176,7 @@ class _Facts:
 
     def checked(self) -> tuple[int, int]:
         """(samples, classes), once it is certain that the figures mean something."""
-        if not self._columns:
+        if not self._columns and self._shards.world == 1:
             raise DataError("nothing to evaluate: the data gave no batch")
         y_N = self["y"]
         low, high = int(y_N.min()), int(y_N.max())

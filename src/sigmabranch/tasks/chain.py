@@ -11,6 +11,7 @@ folder/
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,6 @@ from torch import Tensor, nn
 
 from sigmabranch import files
 from sigmabranch.archive import read_manifest
-from sigmabranch.backbones import ResNet
 from sigmabranch.conversion import class_targets, convert
 from sigmabranch.data import Dataset, EpochBatches, Split, derive_seed, open_data
 from sigmabranch.errors import CheckpointError, ConfigError, DataError, MissingDependency
@@ -51,6 +51,8 @@ EVALUATION_BATCH = 250
 CEILING_SAMPLES = 10_000
 
 
+Measure = Callable[..., dict[str, Any]]
+
 # The settings that a network brought in from elsewhere must share, beside data and model.
 _DECIDED_BY: Mapping[str, tuple[str, ...]] = {
     "dense": ("dense",),
@@ -74,12 +76,15 @@ class Chain:
         data: folder of the data set, None for an embedded one.
         seed: of initialisation, order, augmentation and conversion.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        accumulate: passes through the network for each optimizer step, for a device too small for
+            one; changes no setting of the task.
         max_minutes: stop cleanly after this long, all steps together.
         resume: go on with what the folder holds; otherwise it must be new.
         start: folders of saved networks to begin with, by step: ``{"dense": …}`` skips training,
             ``{"converted": …}`` skips conversion too.
         watch: called with (step name, :class:`~sigmabranch.training.Event`) while training.
-        calibrating: called with (what, samples done, samples in all) while converting.
+        calibrating: called with (what, samples done, samples in all) while converting; both in the
+            main process only.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class Chain:
         data: Path | str | None = None,
         seed: int = 0,
         device: str = "auto",
+        accumulate: int = 1,
         max_minutes: float | None = None,
         resume: bool = True,
         start: Mapping[str, Path] | None = None,
@@ -97,8 +103,9 @@ class Chain:
         calibrating: Callable[[str, int, int], None] | None = None,
     ) -> None:
         self.task, self.folder, self.data, self.seed = task, Path(folder), data, seed
-        self.engine = FabricEngine(device)
-        self.resume, self.watch, self.calibrating = resume, watch, calibrating
+        self.engine, self.accumulate = FabricEngine(device), accumulate
+        self.resume, self.watch = resume, watch
+        self.calibrating = calibrating if self.engine.is_main else None
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._check_folder()
         start = {step: Path(source) for step, source in (start or {}).items()}
@@ -111,6 +118,8 @@ class Chain:
         if not (self.folder / "measured.json").exists():
             _ = self.dataset
         self.once(lambda: files.write_json(self.folder / "task.json", self._notes()))
+        if sum(self.engine.totals([not (self.folder / "task.json").exists()])):
+            raise ConfigError(f"{self.folder} is not the same folder on all hosts: share it")
         for step, source in start.items():
             self.once(partial(self._adopt, step, source))
 
@@ -164,7 +173,7 @@ class Chain:
         folder = self.folder / "dense"
         if not _complete(folder):
             with seeded(self.seed):
-                model = ResNet(self.task.model)
+                model = self.task.model.build()
             self.train(model, self.task.dense, folder)
             self.once(lambda: save_dense(model, folder, self._origin()))
         return load_dense(folder).to(self.engine.device)
@@ -179,6 +188,7 @@ class Chain:
                 self.task.tree,
                 spec=replace(self.task.conversion, seed=self.seed + self.task.conversion.seed),
                 progress=self.calibrating,
+                shards=self.engine.shards,
             )
             self.once(lambda: net.save(folder, self._origin()))
         return load_net(folder).to(self.engine.device)
@@ -204,7 +214,7 @@ class Chain:
 
     def dense_accuracy(self) -> dict[str, Any]:
         """Accuracy of the dense network on the test split."""
-        return evaluate_dense(self.dense(), ordered(self.dataset.test))
+        return self._measure(evaluate_dense, self.dense())
 
     def measured(self) -> dict[str, Any]:
         """Cost and accuracy of all three networks, from their test split."""
@@ -244,8 +254,13 @@ class Chain:
     def accuracy(self, net: SigmaBranchNet) -> dict[str, Any]:
         """All figures of one branched network; a class's best leaf is chosen on training data."""
         known = Ordered(self.dataset.train, self._some_order()[:CEILING_SAMPLES])
-        class_leaf = evaluate(net, known)["best_leaf_of_class"]
-        return evaluate(net, ordered(self.dataset.test), class_leaf=class_leaf, seed=self.seed)
+        class_leaf = evaluate(net, known, shards=self.engine.shards)["best_leaf_of_class"]
+        return self._measure(evaluate, net, class_leaf=class_leaf, seed=self.seed)
+
+    def _measure(self, measure: Measure, network: Any, **options: Any) -> dict[str, Any]:
+        """Figures on the test split, which the processes divide."""
+        test = ordered(self.dataset.test)
+        return measure(network, test, shards=self.engine.shards, **options)
 
     def calibration(self) -> Ordered:
         """The training split without augmentation, in one random order."""
@@ -261,7 +276,7 @@ class Chain:
         objective: Objective,
         recipe: Recipe,
         folder: Path,
-        measure: Callable[..., dict[str, Any]],
+        measure: Measure,
     ) -> None:
         batches = EpochBatches(
             self.dataset.train,
@@ -277,9 +292,10 @@ class Chain:
             recipe,
             folder=folder,
             engine=self.engine,
+            accumulate=self.accumulate,
             seed=self.seed,
             identity=self._notes(),
-            evaluate=lambda trained: _curves(measure(trained, ordered(self.dataset.test))),
+            evaluate=lambda trained: _curves(self._measure(measure, trained)),
             progress=self._watchers(folder),
             max_minutes=self._minutes_left(),
         )
@@ -320,7 +336,7 @@ class Chain:
         return {**self._notes(), "provenance": self._provenance()}
 
     def _provenance(self) -> dict[str, Any]:
-        return provenance(self.engine.device, self.engine.world_size)
+        return provenance(self.engine.device, self.engine.world_size, self.accumulate)
 
 
 def open_task_data(task: Task, folder: Path | str | None, device: torch.device) -> Dataset:
@@ -337,27 +353,35 @@ def open_task_data(task: Task, folder: Path | str | None, device: torch.device) 
         image_size=task.data.image_size,
         channels_last=True,
     ).limit(train=task.data.train_limit, test=task.data.test_limit)
-    for what, given, key in (
-        ("classes", dataset.classes, "classes"),
-        ("image channels", dataset.shape[0], "in_channels"),
-    ):
-        wanted = getattr(task.model, key)
-        if given != wanted:
-            raise DataError(
-                f"{task.data.name} has {given} {what} but the network is made for {wanted}: "
-                f"use --set model.{key}={given}"
-            )
+    task.model.check_input(dataset.shape)
+    if dataset.classes != task.model.classes:
+        raise DataError(
+            f"{task.data.name} has {dataset.classes} classes but the network is made for "
+            f"{task.model.classes}: use --set model.classes={dataset.classes}"
+        )
     return dataset
 
 
 class Ordered:
-    """A split in a fixed order, as a loader that can be read again and again."""
+    """A split in a fixed order, as a loader that can be read again and again, or in parts."""
 
     def __init__(self, split: Split, order: Tensor) -> None:
         self.split, self.order = split, order
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.split.batches(self.order, EVALUATION_BATCH)
+        return self.part(0, 1)
+
+    def part(
+        self, rank: int, world_size: int, samples: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every ``world_size``-th batch of the first ``samples`` samples, from ``rank`` on.
+
+        Batches are the same for any number of processes, unless there are too few for all.
+        """
+        order = self.order[:samples]
+        size = min(EVALUATION_BATCH, math.ceil(len(order) / world_size))
+        batches = order.split(max(1, size))[rank::world_size]
+        return self.split.batches(torch.cat([order[:0], *batches]), max(1, size))
 
 
 def ordered(split: Split) -> Ordered:

@@ -16,12 +16,13 @@ import torch
 from sigmabranch.version import __version__
 
 
-def provenance(device: torch.device, processes: int = 1) -> dict[str, Any]:
+def provenance(device: torch.device, processes: int = 1, accumulate: int = 1) -> dict[str, Any]:
     """Command, versions, commit, hardware and date of this process, JSON-able.
 
     Args:
         device: where it computes.
-        processes: how many compute together; a recipe's batch size is that of each.
+        processes: how many compute together and share every batch.
+        accumulate: passes in which each of them works through its share.
     """
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -31,6 +32,7 @@ def provenance(device: torch.device, processes: int = 1) -> dict[str, Any]:
         "torch": torch.__version__,
         "hardware": _hardware(device),
         "processes": processes,
+        "accumulate": accumulate,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
 

@@ -3,7 +3,14 @@
 from sigmabranch.training.alarms import routing_alarms
 from sigmabranch.training.api import finetune, train
 from sigmabranch.training.batches import Batches, LoaderBatches
-from sigmabranch.training.engine import Engine, FabricEngine, resolve_device
+from sigmabranch.training.engine import (
+    Engine,
+    FabricEngine,
+    launched,
+    launched_rank,
+    naming_lost_processes,
+    resolve_device,
+)
 from sigmabranch.training.events import Event, Progress
 from sigmabranch.training.logs import TensorBoardLog
 from sigmabranch.training.loop import FitResult, fit
@@ -30,6 +37,9 @@ __all__ = [
     "branched_loss",
     "finetune",
     "fit",
+    "launched",
+    "launched_rank",
+    "naming_lost_processes",
     "resolve_device",
     "routing_alarms",
     "train",

@@ -31,12 +31,13 @@ def train(
 
     Args:
         model: (B, ...) → (B, V) logits.
-        loader: sized iterable of (inputs, labels), such as a ``DataLoader``.
+        loader: sized iterable of (inputs, labels), such as a ``DataLoader``; each batch is an
+            optimizer step. Several processes all get the same loader and share every batch.
         recipe: how; the paper's CIFAR-100 setting if None.
         options: ``folder`` (for checkpoints and metrics.csv: the same call continues a stopped
-            run; without it nothing is kept), ``device``, ``teacher``, and ``seed``, ``evaluate``,
-            ``progress``, ``max_minutes``, ``resume`` of :func:`~sigmabranch.training.loop.fit`,
-            which also lists the errors raised.
+            run; without it nothing is kept), ``device``, ``teacher``, and ``accumulate``, ``seed``,
+            ``evaluate``, ``progress``, ``max_minutes``, ``resume`` of
+            :func:`~sigmabranch.training.loop.fit`, which also lists the errors raised.
     """
     recipe = recipe or Recipe()
     objective = DenseObjective(recipe, options.pop("teacher", None))
@@ -73,7 +74,7 @@ def _fit(
     **options: Any,
 ) -> FitResult:
     engine = FabricEngine(device)
-    batches = LoaderBatches(loader, engine.device, seed=seed)
+    batches = LoaderBatches(loader, engine.device, seed=seed, shards=engine.shards)
     with TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         return fit(
             model,

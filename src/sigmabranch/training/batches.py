@@ -1,51 +1,91 @@
-"""What the loop reads: batches by epoch, from any step on."""
+"""What the loop reads: optimizer steps by epoch, from any step on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+import hashlib
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
-from sigmabranch.data.seeds import derive_seed
+from sigmabranch.conversion import Shards
+from sigmabranch.data import Share, derive_seed, own_rows
 from sigmabranch.errors import DataError
+
+_ONE_LOADER = "give every process the same loader, which this library shares out by itself"
 
 
 class Batches(Protocol):
-    """Batches on the training device, reproducible by epoch."""
+    """This process's samples on its device, reproducible by epoch."""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a full step over all processes."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What tells these data from others, JSON-able; a resume needs the same."""
 
     def __len__(self) -> int:
-        """Batches per epoch."""
+        """Optimizer steps per epoch."""
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (x, y) of epoch ``number``, beginning with batch ``start``."""
+    def epoch(self, number: int, start: int = 0) -> Iterator[Share]:
+        """Yield the shares of epoch ``number``, beginning with step ``start``."""
 
 
 class LoaderBatches:
-    """Batches from any sized iterable of (x, y) pairs, such as a ``DataLoader``.
+    """Steps from any sized iterable of (x, y) pairs, such as a ``DataLoader``: one for each batch.
 
     The loader's own generator, if it has one, is seeded at each epoch and the global one there
-    and before each batch, so that shuffling and augmentation are the same after a resume. Skipped
-    batches are loaded and dropped.
+    and before each batch, so that shuffling and augmentation are the same after a resume and in
+    every process. Skipped batches are loaded and dropped. With several processes each takes its
+    rows of every batch.
 
     Args:
         loader: yields (x, y); its length is the number of batches.
         device: where the batches go.
         seed: of the shuffling.
+        shards: the processes that share the work.
+
+    Raises:
+        DataError: a loader without length or batches, or one that shares out its data itself.
     """
 
-    def __init__(self, loader: Any, device: torch.device | str = "cpu", *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        loader: Any,
+        device: torch.device | str = "cpu",
+        *,
+        seed: int = 0,
+        shards: Shards = Shards(),
+    ) -> None:
         if not isinstance(loader, Sized) or not len(loader):
             raise DataError("the training loader must have a length of at least one batch")
+        sampler = getattr(loader, "sampler", None)
+        if shards.world > 1 and isinstance(sampler, DistributedSampler):
+            raise DataError(f"the training loader has a DistributedSampler: {_ONE_LOADER}")
         self.loader: Any = loader
-        self.device, self.seed = torch.device(device), seed
+        self.device, self.seed, self.shards = torch.device(device), seed, shards
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (x, y) of epoch ``number``, beginning with batch ``start``."""
+    @property
+    def batch_size(self) -> int:
+        """Samples of a batch, as the loader says or its first batch shows."""
+        size = getattr(self.loader, "batch_size", None)
+        return size if isinstance(size, int) else len(next(iter(self.loader))[1])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The number of samples, where the loader knows it; its labels are not looked at."""
+        dataset = getattr(self.loader, "dataset", None)
+        return {"samples": len(dataset) if isinstance(dataset, Sized) else None}
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Share]:
+        """Yield the shares of epoch ``number``, beginning with step ``start``."""
         generator = getattr(self.loader, "generator", None)
         if generator is not None:
             generator.manual_seed(derive_seed(self.seed, number))
@@ -61,4 +101,17 @@ class LoaderBatches:
                 raise DataError(f"the loader ended after {index} of {len(self)} batches")
             if index >= start:
                 x, y = pair
-                yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+                if index == start:
+                    self._check_same(y)
+                yield Share(self._own(x), self._own(y), len(y))
+
+    def _own(self, rows: Tensor) -> Tensor:
+        mine = own_rows(rows, self.shards.rank, self.shards.world)
+        return mine.to(self.device, non_blocking=True)
+
+    def _check_same(self, y: Tensor) -> None:
+        """Raise :class:`DataError` in every process if their loaders differ in this batch."""
+        digest = hashlib.sha256(y.cpu().contiguous().numpy().tobytes()).digest()
+        mine = torch.tensor(int.from_bytes(digest[:4], "little"), device=self.device)
+        if len(self.shards.by_rank(mine).unique()) > 1:
+            raise DataError(f"the processes' loaders yield different batches: {_ONE_LOADER}")

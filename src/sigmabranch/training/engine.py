@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from sigmabranch.errors import ConfigError, MissingDependency
+from sigmabranch.conversion import Shards
+from sigmabranch.errors import ConfigError, MissingDependency, ProcessLost
+
+# A process that is silent for so long counts as lost. Only what one process does alone, such as
+# writing a checkpoint, makes the others wait.
+TIMEOUT = timedelta(minutes=5)
+# How torch's CPU transport reports that the other end is gone; CUDA's has an exception of its own.
+_LOST_WORDS = ("gloo", "connection closed by peer", "connection reset by peer", "broken pipe")
 
 
 class Engine(Protocol):
@@ -28,6 +39,13 @@ class Engine(Protocol):
     rank: int
     world_size: int
     is_main: bool
+
+    @property
+    def shards(self) -> Shards:
+        """This process's part of work that is divided by batches."""
+
+    def joint_norms(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Context in which batch norms see all processes' samples, where the device can."""
 
     def setup(self, module: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
         """Wrap module and optimizer so that gradients are averaged over processes."""
@@ -47,8 +65,11 @@ class Engine(Protocol):
     def mean(self, tensor: Tensor) -> Tensor:
         """A new tensor: the average over processes."""
 
-    def agree(self, flag: bool) -> bool:
-        """Whether any process raised its flag, the same answer everywhere."""
+    def totals(self, values: Sequence[float]) -> list[float]:
+        """Each number summed over processes, the same answer everywhere."""
+
+    def unify(self, module: nn.Module) -> None:
+        """Give every process the buffers of the main one."""
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -74,14 +95,17 @@ class FabricEngine:
     def __init__(self, device: str = "auto", *, devices: int = 1, nodes: int = 1) -> None:
         try:
             from lightning_fabric import Fabric  # noqa: PLC0415
+            from lightning_fabric.strategies import DDPStrategy  # noqa: PLC0415
         except ImportError as error:
             raise MissingDependency("lightning-fabric", "train", "training") from error
+        # Its import sets its own level; what it says is for its developers.
+        logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
         kind = resolve_device(device).type
-        if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" in os.environ:
+        if launched() and "LOCAL_WORLD_SIZE" in os.environ:
             devices = int(os.environ["LOCAL_WORLD_SIZE"])
             nodes = int(os.environ["WORLD_SIZE"]) // devices
-        strategy = "ddp" if devices * nodes > 1 else "auto"
-        self._fabric = Fabric(accelerator=kind, devices=devices, num_nodes=nodes, strategy=strategy)
+        several = DDPStrategy(timeout=TIMEOUT) if devices * nodes > 1 else "auto"
+        self._fabric = Fabric(accelerator=kind, devices=devices, num_nodes=nodes, strategy=several)
         self._fabric.launch()
         self.device: torch.device = self._fabric.device
         self.rank: int = self._fabric.global_rank
@@ -115,25 +139,103 @@ class FabricEngine:
         assert norm is not None  # only None when clipping by value
         return norm
 
+    @property
+    def shards(self) -> Shards:
+        """This process's part of work that is divided by batches."""
+        if self.world_size == 1:
+            return Shards()
+        return Shards(rank=self.rank, world=self.world_size, sum=self._sum)
+
+    @contextmanager
+    def joint_norms(self, model: nn.Module) -> Iterator[None]:
+        """Context in which batch norms see all processes' samples, where the device can.
+
+        A recipe's batch is that of all processes together, and so are its statistics: torch's
+        ``SyncBatchNorm`` stands in for every batch norm. It exists for CUDA only; on the CPU each
+        process normalises by its own samples.
+        """
+        if self.world_size == 1 or self.device.type != "cuda":
+            yield
+            return
+        model.to(self.device)  # before, so that both kinds of norm hold the same tensors
+        places = [
+            (parent, name, norm)
+            for parent in model.modules()
+            for name, norm in parent.named_children()
+            if isinstance(norm, _BatchNorm)
+        ]
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        try:
+            yield
+        finally:
+            for parent, name, norm in places:
+                norm.train(getattr(parent, name).training)
+                setattr(parent, name, norm)
+
     def mean(self, tensor: Tensor) -> Tensor:
         """A new tensor: the average over processes."""
-        # Fabric's own reduction waits at a barrier first, too slow for every step.
-        total = tensor.clone()
-        if self.world_size > 1:
-            dist.all_reduce(total)
-        return total / self.world_size
+        return self._sum(tensor) / self.world_size
 
-    def agree(self, flag: bool) -> bool:
-        """Whether any process raised its flag, the same answer everywhere."""
+    def totals(self, values: Sequence[float]) -> list[float]:
+        """Each number summed over processes, the same answer everywhere."""
         if self.world_size == 1:
-            return flag
-        votes = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(votes)
-        return bool(votes.item())
+            return list(values)
+        return self._sum(torch.tensor(values, dtype=torch.float64)).tolist()
+
+    def unify(self, module: nn.Module) -> None:
+        """Give every process the buffers of the main one."""
+        if self.world_size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
 
     def barrier(self) -> None:
         """Wait for all processes."""
         self._fabric.barrier()
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        # Fabric's own reduction waits at a barrier first, too slow for every step.
+        total = tensor.detach().to(self.device, copy=True)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.to(tensor.device)
+
+
+@contextmanager
+def naming_lost_processes(where: object) -> Iterator[None]:
+    """Turn a broken connection to another process into one line.
+
+    Args:
+        where: what the same command continues from.
+
+    Raises:
+        ProcessLost: the other process ended, or was silent for :data:`TIMEOUT`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_loss(error):
+            raise
+        raise ProcessLost(
+            "another process of this run has ended or has gone silent; "
+            f"the same command, with any number of processes, continues from {where}"
+        ) from error
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    if isinstance(error, dist.DistError):
+        return True
+    words = str(error).lower()
+    return dist.is_initialized() and any(known in words for known in _LOST_WORDS)
+
+
+def launched() -> bool:
+    """Whether a launcher such as ``torchrun`` has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def launched_rank() -> int:
+    """The number that the launcher gave this process; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def resolve_device(device: str) -> torch.device:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sigmabranch.data.seeds import derive_seed
-from sigmabranch.errors import CheckpointError, NumericError
+from sigmabranch.data import Share, derive_seed
+from sigmabranch.errors import CheckpointError, MemoryExhausted, NumericError
 from sigmabranch.training.engine import Engine
+from sigmabranch.training.memory import largest_fitting, out_of_memory
 from sigmabranch.training.objectives import Objective, StepOutput
 from sigmabranch.training.optim import NodeScale, build_average, build_optimizer, build_schedule
+from sigmabranch.training.passes import Pass, split_share, weighted_sum
 from sigmabranch.training.recipe import Recipe
+
+_UNCHANGED = (
+    "the batch size stays that of the recipe, and the same command then continues from the last "
+    "checkpoint"
+)
 
 
 class Learner:
@@ -25,6 +33,7 @@ class Learner:
         recipe: optimizer, schedule, precision and the rest.
         engine: devices and processes.
         steps_per_epoch: optimizer steps, for the schedule.
+        pass_size: most samples that go through the network at once in this process.
         seed: of whatever is random inside the network.
 
     Attributes:
@@ -40,10 +49,11 @@ class Learner:
         engine: Engine,
         *,
         steps_per_epoch: int,
+        pass_size: int,
         seed: int,
     ) -> None:
         self._model, self._objective, self._recipe = model, objective, recipe
-        self._engine, self._seed = engine, seed
+        self._engine, self._pass_size, self._seed = engine, pass_size, seed
         self._total_steps = steps_per_epoch * recipe.epochs
         self.step, self.lr = 0, recipe.lr
 
@@ -69,15 +79,25 @@ class Learner:
         """Put the network into training mode."""
         self._model.train()
 
-    def learn(self, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """One step on the averaged gradients of ``batches``; returns their mean metrics."""
-        outputs = [self._backward(x, y, i, len(batches)) for i, (x, y) in enumerate(batches)]
-        metrics = {"loss": mean([output.loss.detach() for output in outputs])}
+    def learn(self, share: Share) -> dict[str, Tensor]:
+        """One step on the mean gradient over the step's samples.
+
+        Returns:
+            The metrics, whose average over processes is their mean over the samples.
+
+        Raises:
+            MemoryExhausted: with the option that makes the step fit.
+        """
+        passes = split_share(share, self._pass_size, self._engine.rank, self._engine.world_size)
+        outputs = self._outputs(passes)
+        if outputs is None:
+            raise self._exhausted(share, max(len(part.y) for part in passes))
+        metrics = {"loss": weighted_sum([output.loss.detach() for output in outputs], passes)}
         for name in outputs[0].metrics:
-            metrics[name] = mean([output.metrics[name] for output in outputs])
+            metrics[name] = weighted_sum([output.metrics[name] for output in outputs], passes)
         leaf_probs = [output.leaf_prob for output in outputs if output.leaf_prob is not None]
         if leaf_probs:
-            self._scale_nodes(self._engine.mean(mean(leaf_probs)))
+            self._scale_nodes(self._engine.mean(weighted_sum(leaf_probs, passes)))
         if self._recipe.clip_norm:
             metrics["grad_norm"] = self._engine.clip(
                 self._entry, self._stepper, self._recipe.clip_norm
@@ -95,6 +115,7 @@ class Learner:
         """Give the network its averaged weights and put it into evaluation mode."""
         if self._average is not None:
             self._model.load_state_dict(self._average.module.state_dict())
+        self._engine.unify(self._model)
         self._model.eval()
 
     def check_finite(self) -> None:
@@ -138,16 +159,50 @@ class Learner:
             ) from error
         self.step = step
 
-    def _backward(self, x: Tensor, y: Tensor, part: int, parts: int) -> StepOutput:
+    def _outputs(self, passes: Sequence[Pass]) -> list[StepOutput] | None:
+        """Add the gradients of all passes; None if memory ran out, which frees what they held."""
+        try:
+            return [
+                self._backward(part, number, last=number + 1 == len(passes))
+                for number, part in enumerate(passes)
+            ]
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return None
+
+    def _backward(self, part: Pass, number: int, *, last: bool) -> StepOutput:
+        x = part.x
         if x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        torch.manual_seed(derive_seed(self._seed, self.step, part, self._engine.rank))
+        torch.manual_seed(derive_seed(self._seed, self.step, number, self._engine.rank))
         progress = self.step / self._total_steps
-        with self._engine.accumulating(self._entry, part + 1 < parts):
+        with self._engine.accumulating(self._entry, not last):
             with self._engine.autocast(self._recipe.precision):
-                output = self._objective(self._entry, x, y, progress)
-            self._engine.backward(output.loss / parts)
+                output = self._objective(self._entry, x, part.y, progress)
+            self._engine.backward(output.loss * part.weight)
         return output
+
+    def _exhausted(self, share: Share, tried: int) -> MemoryExhausted:
+        """What to say when ``tried`` samples at once were too many."""
+        begun = f"out of memory with {tried} samples per pass"
+        own = math.ceil(share.total / self._engine.world_size)
+        if self._engine.world_size > 1:  # a trial would wait for processes that have no part in it
+            passes = math.ceil(2 * own / tried)
+            return MemoryExhausted(f"{begun} and process: try --accumulate {passes}; {_UNCHANGED}")
+        fitting = largest_fitting(lambda samples: self._attempt(share, samples), tried)
+        if not fitting:
+            return MemoryExhausted(
+                f"{begun}, and a single one does not fit either: use a larger device"
+            )
+        return MemoryExhausted(
+            f"{begun}; {fitting} fit: use --accumulate {math.ceil(own / fitting)}; {_UNCHANGED}"
+        )
+
+    def _attempt(self, share: Share, samples: int) -> None:
+        """Forward and backward of some of a step's samples, for their use of memory alone."""
+        self._stepper.zero_grad(set_to_none=True)
+        self._backward(Pass(share.x[:samples], share.y[:samples], 1.0), 0, last=True)
 
     def _scale_nodes(self, leaf_prob: Tensor) -> None:
         if self._node_scale is None:
@@ -164,8 +219,3 @@ class _Entry(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return getattr(self.model, self.method)(x)
-
-
-def mean(values: Sequence[Tensor]) -> Tensor:
-    """Mean of tensors of one shape."""
-    return values[0] if len(values) == 1 else torch.stack(list(values)).mean(0)

@@ -2,8 +2,9 @@
 
 A run is a pure function of network, data, recipe and seed. Whatever is random in a step is seeded
 from the step's number, so a checkpoint holds no generator state, and a resumed run on the CPU
-equals an uninterrupted one bit for bit. Metrics stay on the device; the host reads them about
-once a second, so that an accelerator is not kept waiting.
+equals an uninterrupted one bit for bit. How many processes and passes share a step is no part of
+the run: a checkpoint continues with any number of them. Metrics stay on the device; the host reads
+them about once a second, so that an accelerator is not kept waiting.
 """
 
 from __future__ import annotations
@@ -11,25 +12,25 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sigmabranch.errors import DataError
+from sigmabranch.errors import CheckpointError, ConfigError, DataError
 from sigmabranch.training.alarms import routing_alarms
 from sigmabranch.training.batches import Batches
 from sigmabranch.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from sigmabranch.training.engine import Engine, FabricEngine
+from sigmabranch.training.engine import Engine, FabricEngine, naming_lost_processes
 from sigmabranch.training.events import Event, Progress
 from sigmabranch.training.learner import Learner
 from sigmabranch.training.logs import write_csv
 from sigmabranch.training.meter import Meter
 from sigmabranch.training.objectives import Objective
+from sigmabranch.training.passes import pass_size
 from sigmabranch.training.recipe import Recipe
 from sigmabranch.training.stopping import StopSwitch
 
@@ -37,8 +38,10 @@ PULSE_SECONDS = 1.0
 CHECKPOINT_SECONDS = 180.0
 # An epoch's end is saved unless that would take more than one part in so many of the run's time.
 CHECKPOINT_SHARE = 20.0
-# Processes vote on stopping only so often, because a vote makes the host wait for the device.
+# Processes vote on stopping and saving only so often, because a vote makes the host wait for the
+# device; but a launcher that was told to stop does not wait for long.
 VOTE_STEPS = 16
+VOTE_SECONDS = 5.0
 
 Evaluate = Callable[[nn.Module], Mapping[str, Any]]
 
@@ -68,6 +71,7 @@ def fit(
     *,
     folder: Path | str,
     engine: Engine | None = None,
+    accumulate: int = 1,
     seed: int = 0,
     identity: Mapping[str, Any] | None = None,
     evaluate: Evaluate | None = None,
@@ -88,6 +92,9 @@ def fit(
         recipe: optimizer, schedule and the rest.
         folder: receives the checkpoint and ``metrics.csv``.
         engine: devices and processes; by default one process, on CUDA if there is a GPU.
+        accumulate: passes through the network for each optimizer step, whose gradients are added:
+            the more, the less memory. The batch size stays that of the batches, and the run the
+            same run.
         seed: of dropout and whatever else is random inside the network.
         identity: what else makes this run this run (task, tree, data); JSON-able.
         evaluate: called at an epoch's end, in every process, with the network in evaluation mode;
@@ -102,27 +109,44 @@ def fit(
 
     Raises:
         CheckpointError: the checkpoint is damaged, belongs to another run, or cannot be written.
+        ConfigError: ``accumulate`` below 1.
         DataError: the data ended early.
         NumericError: the loss or a weight became NaN or infinite; the last checkpoint remains.
+        MemoryExhausted: a pass does not fit; the message says what would.
+        ProcessLost: another process of the run is gone; the last checkpoint remains.
     """
+    if accumulate < 1:
+        raise ConfigError(f"accumulate is {accumulate}; give 1 or more")
     engine = engine or FabricEngine()
     run_identity = {
         "recipe": recipe.to_dict(),
         "seed": seed,
         "objective": type(objective).__name__,
-        "batches_per_epoch": len(batches),
+        "steps_per_epoch": len(batches),
+        "training_data": dict(batches.identity),
         **(identity or {}),
     }
-    steps = math.ceil(len(batches) / recipe.accumulate)
     cuda = [engine.device] if engine.device.type == "cuda" else []
-    with torch.random.fork_rng(cuda), StopSwitch(max_minutes, stop) as switch:
-        learner = Learner(model, objective, recipe, engine, steps_per_epoch=steps, seed=seed)
+    with (
+        torch.random.fork_rng(cuda),
+        StopSwitch(max_minutes, stop) as switch,
+        engine.joint_norms(model),
+        naming_lost_processes(folder),
+    ):
+        learner = Learner(
+            model,
+            objective,
+            recipe,
+            engine,
+            steps_per_epoch=len(batches),
+            pass_size=pass_size(batches.batch_size, engine.world_size, accumulate),
+            seed=seed,
+        )
         run = _Run(
             learner=learner,
             batches=batches,
             recipe=recipe,
             engine=engine,
-            steps=steps,
             folder=Path(folder),
             identity=run_identity,
             evaluate=evaluate,
@@ -142,7 +166,6 @@ class _Run:
     batches: Batches
     recipe: Recipe
     engine: Engine
-    steps: int
     folder: Path
     identity: Mapping[str, Any]
     evaluate: Evaluate | None
@@ -150,10 +173,12 @@ class _Run:
     switch: StopSwitch
 
     def __post_init__(self) -> None:
+        self.steps = len(self.batches)
         self.history: list[dict[str, Any]] = []
         self.meter = Meter(self.steps)
         self.seconds = 0.0  # in the current epoch, over all calls
         self.saved_at, self.save_cost = time.monotonic(), 0.0
+        self.next_vote = 0  # at this step, or the first after it
 
     def train(self) -> FitResult:
         """Run the remaining epochs, or until the switch says stop."""
@@ -163,7 +188,7 @@ class _Run:
             reason = self.train_epoch()
             if self.meter.done == self.steps:
                 self.finish_epoch()
-                reason = reason or self.stop_reason(vote=True)
+                reason = reason or self.decide(now=True)[0]
         complete = len(self.history) == self.recipe.epochs
         if complete:
             self.learner.finish()
@@ -181,45 +206,46 @@ class _Run:
     def train_epoch(self) -> str:
         """Run the current epoch's remaining steps; returns why it was left early, if it was."""
         self.learner.train()
-        size, start = self.recipe.accumulate, self.meter.done
-        pairs = self.batches.epoch(len(self.history), start * size)
+        start = self.meter.done
+        shares = self.batches.epoch(len(self.history), start)
         began = pulsed = time.monotonic()
         seconds_before = self.seconds
-        for _ in range(start, self.steps):
-            self.meter.record(self.learner.learn(self.next_batches(pairs)))
+        for step in range(start, self.steps):
+            share = next(shares, None)
+            if share is None:
+                raise DataError(
+                    f"the data ended after {step} of {self.steps} batches: "
+                    "the set changed, or its length is wrong"
+                )
+            self.meter.record(self.learner.learn(share))
             now = time.monotonic()
             self.seconds = seconds_before + now - began
             if now - pulsed >= PULSE_SECONDS:
-                self.meter.check_finite(len(self.history) + 1)
-                self.emit("step", {"lr": self.learner.lr, **self.meter.recent()})
+                self.pulse()
                 pulsed = now
-            reason = self.stop_reason(vote=self.learner.step % VOTE_STEPS == 0)
+            reason, save = self.decide()
             if reason:
                 return reason
-            if now - self.saved_at >= CHECKPOINT_SECONDS:
+            if save:
                 self.save()
         return ""
 
-    def next_batches(self, pairs: Iterator[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """The batches of the next step; an epoch's last step may have fewer."""
-        size = self.recipe.accumulate
-        wanted = min(size, len(self.batches) - self.meter.done * size)
-        group = list(islice(pairs, wanted))
-        if len(group) < wanted:
-            raise DataError(
-                f"the data ended after {self.meter.done * size + len(group)} "
-                f"of {len(self.batches)} batches: the set changed, or its length is wrong"
-            )
-        return group
+    def pulse(self) -> None:
+        """Look at the latest metrics and tell the watcher."""
+        if self.engine.world_size == 1:  # several look together, when they save
+            self.meter.check_finite(len(self.history) + 1)
+        self.emit("step", {"lr": self.learner.lr, **self.meter.recent()})
 
     def finish_epoch(self) -> None:
         """Evaluate, record the epoch, warn, and save if it is time."""
         epoch = len(self.history) + 1
         last = epoch == self.recipe.epochs
+        self.meter.reduce(self.engine.mean)
         self.meter.check_finite(epoch)
-        means = {name: self.engine.mean(value).item() for name, value in self.meter.means().items()}
+        means = {name: value.item() for name, value in self.meter.means().items()}
         record = {"epoch": epoch, "seconds": self.seconds, "lr": self.learner.lr, **means}
         if self.evaluate and (last or epoch % self.recipe.eval_every == 0):
+            self.engine.unify(self.learner.network)
             with torch.no_grad(), self.engine.autocast(self.recipe.precision):
                 record |= self.evaluate(self.learner.network.eval())
         self.history.append(plain(record))
@@ -232,18 +258,28 @@ class _Run:
         if last or time.monotonic() - self.saved_at >= CHECKPOINT_SHARE * self.save_cost:
             self.save()
 
-    def stop_reason(self, *, vote: bool) -> str:
-        """Why to stop now; several processes only stop together, after a vote."""
-        reason = self.switch.reason
+    def decide(self, *, now: bool = False) -> tuple[str, bool]:
+        """Why to stop, empty to go on, and whether to save; the same in every process.
+
+        Several processes vote, every few steps or ``now``; between votes they go on.
+        """
+        reason, late = self.switch.reason, time.monotonic() - self.saved_at >= CHECKPOINT_SECONDS
         if self.engine.world_size == 1:
-            return reason
-        if not vote or not self.engine.agree(bool(reason)):
-            return ""
-        return reason or "another process stopped"
+            return reason, late
+        if not now and self.learner.step < self.next_vote:
+            return "", False
+        pace = self.seconds / max(1, self.meter.done)
+        stop, save, pace = self.engine.totals(
+            [bool(reason), late and self.engine.is_main, pace / self.engine.world_size]
+        )
+        steps = min(VOTE_STEPS, int(VOTE_SECONDS / max(pace, 1e-9)))
+        self.next_vote = self.learner.step + max(1, steps)
+        return (reason or "another process stopped") if stop else "", bool(save)
 
     def save(self) -> None:
         """Write a checkpoint, of finite numbers only."""
         began = time.monotonic()
+        self.meter.reduce(self.engine.mean)
         self.meter.check_finite(len(self.history) + 1)
         self.learner.check_finite()
         if self.engine.is_main:
@@ -266,6 +302,12 @@ class _Run:
             self.learner.load_state_dict(checkpoint.tensors, checkpoint.step)
             self.meter.load_state_dict(checkpoint.tensors["meter"], self.engine.device)
             self.history, self.seconds = list(checkpoint.history), checkpoint.seconds
+        steps = self.engine.totals([self.learner.step, self.learner.step**2])
+        if steps[0] ** 2 != steps[1] * self.engine.world_size:  # equal only if all steps are
+            raise CheckpointError(
+                f"the processes find different checkpoints in {self.folder}: "
+                "it must be one folder that all hosts share"
+            )
 
     def warn(self, message: str) -> None:
         """Say what looks wrong, to the watcher or else to Python's warnings."""

@@ -72,7 +72,8 @@ def branched_loss(
         class_leaf: (V, L) rows that sum to one: the responsibility of each class when
             ``recipe.class_target`` is on.
         teacher_logits: (B, V) of the dense network, used when ``recipe.distill_weight`` > 0.
-        global_mean: averages a tensor over processes; None with a single process.
+        global_mean: turns a mean over this process's samples into that over all processes'; None
+            with a single process.
 
     Returns:
         The terms; ``total`` carries the gradient.
@@ -150,7 +151,7 @@ def balance(prob: Tensor, global_mean: Callable[[Tensor], Tensor] | None = None)
 
     Args:
         prob: (B, L).
-        global_mean: averages a tensor over processes; None with a single process.
+        global_mean: as for :func:`branched_loss`.
     """
     mean_L = prob.mean(0)
     if global_mean is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ class Meter:
             self._table_SM = row_M.new_zeros(self._steps, len(row_M))
         self._table_SM[self.done] = row_M
         self.done += 1
+
+    def reduce(self, mean: Callable[[Tensor], Tensor]) -> None:
+        """Make every row the mean over processes, which then all hold the same."""
+        if self.done:
+            self._table_SM = mean(self._table_SM)
 
     def recent(self) -> dict[str, float]:
         """Means over the last steps."""

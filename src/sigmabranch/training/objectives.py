@@ -5,6 +5,7 @@ Shapes: B batch, L leaves, V classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -128,7 +129,7 @@ class BranchedObjective:
             progress=progress,
             class_leaf=self.class_leaf,
             teacher_logits=teacher_BV,
-            global_mean=self.engine.mean if self.engine else None,
+            global_mean=self._mean_of_all(len(y)),
         )
         with torch.no_grad():
             prob_BL = soft[1].float().exp()
@@ -146,6 +147,18 @@ class BranchedObjective:
             leaf_prob_L = prob_BL.mean(0) if self.recipe.node_grad_scale else None
         present = {name: value for name, value in metrics.items() if value is not None}
         return StepOutput(terms.total, present, leaf_prob_L)
+
+    def _mean_of_all(self, samples: int) -> Callable[[Tensor], Tensor] | None:
+        """Turns a mean over this process's ``samples`` into that over all processes' samples."""
+        if self.engine is None:
+            return None
+        engine = self.engine
+
+        def joint(mean_L: Tensor) -> Tensor:
+            count = mean_L.new_tensor(float(samples))
+            return engine.mean(mean_L * count) / engine.mean(count)
+
+        return joint
 
 
 def check_labels(y: Tensor, classes: int) -> None:

@@ -17,8 +17,7 @@ class Recipe:
 
     Attributes:
         epochs: passes over the training set.
-        batch_size: samples per batch and process.
-        accumulate: batches whose gradients are averaged into one optimizer step.
+        batch_size: samples of one optimizer step, over all processes and passes.
         optimizer: ``"sgd"`` (Nesterov) or ``"adam"``.
         lr: peak learning rate.
         momentum: of SGD.
@@ -42,7 +41,6 @@ class Recipe:
 
     epochs: int = 200
     batch_size: int = 256
-    accumulate: int = 1
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
@@ -63,7 +61,7 @@ class Recipe:
     eval_every: int = 1
 
     def __post_init__(self) -> None:
-        self._require("at least 1", 1, math.inf, "epochs", "batch_size", "accumulate")
+        self._require("at least 1", 1, math.inf, "epochs", "batch_size")
         self._require("at least 1", 1, math.inf, "step_epochs", "eval_every")
         self._require("at least 0", 0, math.inf, "lr", "weight_decay", "warmup_epochs", "clip_norm")
         self._require("in [0, 1]", 0, 1, "momentum", "label_smoothing", "distill_weight")
