@@ -8,37 +8,53 @@ A page marks a table's place with ``<!-- table:NAME -->`` and ``<!-- /table -->`
 
 from __future__ import annotations
 
-import json
 import re
-import statistics
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sigmabranch.report import Table, main_rows, main_table
+from sigmabranch.tasks import Group, find_task, group_results, read_results
+
 HERE = Path(__file__).resolve().parent
 PAGES = (HERE.parent / "README.md", HERE / "README.md")
+GROUPS = group_results(read_results(HERE))
+
+# Row of the small CIFAR-100 table → the settings in which its runs depart from the task.
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "branched, the paper's loss": {"finetune.node_grad_scale": False},
+    "branched, node gradients scaled": {},
+    "branched, sharp routing": {
+        "conversion.centred": True,
+        "conversion.balanced": True,
+        "finetune.resp_prior": True,
+        "finetune.balance_weight": 0.3,
+    },
+}
 
 
-def read(name: str) -> dict[str, Any]:
-    """One result by file name without suffix."""
-    return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
+def runs_of(name: str, changes: Mapping[str, Any]) -> Group:
+    """The runs of a task with exactly these changed settings."""
+    task = find_task(name)
+    for group in GROUPS:
+        departures = {key: here for key, (here, _) in group.departures(task).items()}
+        if group.task.name == name and departures == changes:
+            return group
+    raise SystemExit(f"no result of {name} with {dict(changes)} in {HERE.name}")
 
 
-def cifar100_small() -> str:
-    """CIFAR-100, small ResNet: dense, controls and the branched variants, one seed."""
-    main = read("cifar100-small-seed0")
-    variants = {
-        "branched, the paper's loss": read("cifar100-small-paper-seed0"),
-        "branched, node gradients scaled": main,
-        "branched, sharp routing": read("cifar100-small-sharp-seed0"),
-    }
-    dense_epochs = main["task"]["dense"]["epochs"]
-    controls = main["controls"]
-    rows = [
-        _row("dense", dense_epochs, main["cost"]["dense"], main["dense"]),
+def cifar100_small() -> Table:
+    """CIFAR-100, small ResNet: dense, controls and the branched variants."""
+    main = runs_of("cifar100-small", {})
+    variants = {label: runs_of("cifar100-small", changes) for label, changes in VARIANTS.items()}
+    dense_epochs = main.task.dense.epochs
+    controls = main.first["controls"]
+    rows = (
+        _row("dense", dense_epochs, main.first["cost"]["dense"], main, "dense"),
         *(
-            _row(label, controls[name]["epochs"], controls[name], controls[name])
+            _row(label, controls[name]["epochs"], controls[name], main, "controls", name)
             for label, name in (
                 ("dense, trained on", "dense-continued"),
                 ("narrow dense, equal size, from scratch", "dense-equal"),
@@ -46,71 +62,76 @@ def cifar100_small() -> str:
             )
         ),
         *(
-            _row(label, dense_epochs + result["task"]["finetune"]["epochs"],
-                 result["cost"]["net"], result["branched"])
-            for label, result in variants.items()
+            _row(label, dense_epochs + group.task.finetune.epochs, group.first["cost"]["net"],
+                 group, "branched")
+            for label, group in variants.items()
         ),
-    ]  # fmt: skip
+    )  # fmt: skip
     header = (
         "CIFAR-100, ResNet of 0.57 M", "epochs", "parameters run", "MACs", "top-1 %",
         "routing gain", "mean max P", "balance",
     )  # fmt: skip
-    return _markdown(header, rows)
+    return Table(header=header, groups=(("", rows),))
 
 
-def digits() -> str:
+def digits() -> Table:
     """The demo's task over its seeds: mean ± standard deviation."""
-    runs = [read(f"digits-resnet-seed{seed}") for seed in range(3)]
-    first = runs[0]
+    group = runs_of("digits-resnet", {})
+    cost, controls = group.first["cost"], group.first["controls"]
 
-    def row(label: str, params: int, pick: Callable[[Mapping[str, Any]], float]) -> list[str]:
-        values = [pick(run) for run in runs]
-        spread = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
-        return [label, f"{params:,}", spread]
+    def row(label: str, params: int, *where: str) -> tuple[str, ...]:
+        return (label, f"{params:,}", group.spread(*where).to_text())
 
-    dense, net, controls = first["cost"]["dense"], first["cost"]["net"], first["controls"]
-    active = net["active_params"]
-
-    def control(name: str) -> list[str]:
-        return row(name, controls[name]["params"], lambda run: run["controls"][name]["top1"])
-
-    rows = [
-        row("dense", dense["params"], lambda run: run["dense"]["top1"]),
-        *map(control, controls),
-        row("branched", active, lambda run: run["branched"]["top1"]),
-        row("branched: routing gain", active, lambda run: run["branched"]["routing_gain"]),
-        row("branched: balance, %", active, lambda run: 100 * run["branched"]["balance"]),
-    ]
-    return _markdown(("digits, 3 seeds", "parameters run", "top-1 %, 500 held out"), rows)
+    active = cost["net"]["active_params"]
+    rows = (
+        row("dense", cost["dense"]["params"], "dense", "top1"),
+        *(row(name, made["params"], "controls", name, "top1") for name, made in controls.items()),
+        row("branched", active, "branched", "top1"),
+        row("branched: routing gain", active, "branched", "routing_gain"),
+        row("branched: balance (1 = even)", active, "branched", "balance"),
+    )
+    header = (f"digits, {len(group.runs)} seeds", "parameters run", "top-1 %, 500 held out")
+    return Table(header=header, groups=(("", rows),))
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"cifar100-small": cifar100_small, "digits": digits}
+@cache
+def paper_rows() -> list[dict[str, Any]]:
+    """The figures of the paper's table III beside ours; counting them takes seconds."""
+    return main_rows(GROUPS, "results")
 
 
-def _row(label: str, epochs: int, cost: Mapping[str, Any], measured: Mapping[str, Any]) -> list:
-    gain = measured.get("routing_gain")
-    return [
-        label,
-        str(epochs),
-        f"{cost.get('active_params', cost.get('params')):,}",
-        f"{cost['macs'] / 1e6:.2f} M",
-        f"{measured['top1']:.2f}",
-        "" if gain is None else f"{gain:+.2f}",
-        "" if gain is None else f"{measured['mean_max_p']:.2f}",
-        "" if gain is None else f"{measured['balance']:.2f}",
-    ]
+def main_of_the_paper() -> Table:
+    """The table that ``sigmabranch table main`` prints."""
+    return main_table(paper_rows())
 
 
-def _markdown(header: tuple[str, ...], rows: list[list[str]]) -> str:
-    lines = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+TABLES: Mapping[str, Callable[[], Table]] = {
+    "cifar100-small": cifar100_small,
+    "digits": digits,
+    "main": main_of_the_paper,
+}
+
+
+def _row(
+    label: str, epochs: int, cost: Mapping[str, Any], group: Group, *where: str
+) -> tuple[str, ...]:
+    size = cost.get("active_params", cost.get("params"))
+    routing = ("", "", "")
+    if where == ("branched",):
+        gain, sharpness, balance = (
+            group.spread(*where, name) for name in ("routing_gain", "mean_max_p", "balance")
+        )
+        sign = "+" if gain.mean >= 0 else ""
+        routing = (sign + gain.to_text(), sharpness.to_text(), balance.to_text())
+    top1 = group.spread(*where, "top1").to_text()
+    return (label, str(epochs), f"{size:,}", f"{cost['macs'] / 1e6:.2f} M", top1, *routing)
 
 
 def filled(page: str) -> str:
     """The page with every marked table rendered anew."""
 
     def fill(match: re.Match[str]) -> str:
-        return f"{match[1]}{TABLES[match[2]]()}\n{match[3]}"
+        return f"{match[1]}{TABLES[match[2]]().to_markdown()}{match[3]}"
 
     return re.sub(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", fill, page, flags=re.DOTALL)
 

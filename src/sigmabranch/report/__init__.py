@@ -13,7 +13,9 @@ for _package in ("matplotlib", "jinja2"):
     if find_spec(_package) is None:
         raise MissingDependency(_package, "report", "Drawing the report")
 
+from sigmabranch.report.main_table import main_rows, main_table  # noqa: E402
 from sigmabranch.report.page import Run, write_report  # noqa: E402
+from sigmabranch.report.recipe_table import recipe_table  # noqa: E402
 from sigmabranch.report.tables import (  # noqa: E402
     Table,
     accuracy_table,
@@ -28,6 +30,9 @@ __all__ = [
     "accuracy_table",
     "comparison",
     "cost_table",
+    "main_rows",
+    "main_table",
     "node_table",
+    "recipe_table",
     "write_report",
 ]

@@ -62,6 +62,24 @@ class Table:
                 lines += ["", *textwrap.wrap(note, width)]
         return "\n".join(lines) + "\n"
 
+    def to_latex(self) -> str:
+        """A ``tabular`` for the package booktabs, then its notes as paragraphs."""
+        columns = len(self.header)
+        lines = [
+            rf"\begin{{tabular}}{{l{'r' * (columns - 1)}}}",
+            r"\toprule",
+            _ampersands(self.header),
+        ]
+        for heading, rows in self.groups:
+            lines.append(r"\midrule")
+            if heading:
+                lines.append(
+                    rf"\multicolumn{{{columns}}}{{p{{0.9\linewidth}}}}{{{_latex(heading)}}} \\"
+                )
+            lines += map(_ampersands, rows)
+        lines += [r"\bottomrule", r"\end{tabular}"]
+        return "\n\n".join(["\n".join(lines), *map(_latex, self.notes)]) + "\n"
+
     def to_html(self) -> str:
         """A ``<table>`` in a scrolling box, then its notes; everything is escaped."""
         head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in self.header)
@@ -142,6 +160,8 @@ def _cost_rows(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[t
         sizes = (theirs["bytes"], ours["bytes_total"], ours["bytes_per_path"])
         yield (f"MB as {name}", *(megabytes(size[dtype]) for size in sizes))
     yield ("MACs", *map(count, (theirs["macs"], ours["soft_macs"], ours["macs"])))
+    doubled = (count(part["flops_doubled"]) for part in (theirs, ours))
+    yield ("FLOPs, doubled", next(doubled), NOTHING, next(doubled))
 
 
 def accuracy_table(evaluation: Mapping[str, Any]) -> Table:
@@ -319,3 +339,22 @@ def _is_below(leaf: str, key: str) -> bool:
 
 def _pipes(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _ampersands(cells: Sequence[str]) -> str:
+    return " & ".join(map(_latex, cells)) + r" \\"
+
+
+_LATEX = {
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    NOTHING: r"\textendash{}",
+    _MINUS: "$-$",
+}
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(sign, sign) for sign in text).replace("--", "-{}-")
