@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -52,3 +55,22 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     centre = torch.randn(CLASSES, 1, 8, 8, generator=generator)
     x = centre[y] + 0.5 * torch.randn(96, 1, 8, 8, generator=generator)
     return list(zip(x.split(32), y.split(32), strict=True))
+
+
+@pytest.fixture(scope="session")
+def modelnet(tmp_path_factory) -> Path:
+    """A folder with noisy ellipsoids in the form of ModelNet40's public HDF5 archive."""
+    h5py = pytest.importorskip("h5py")
+    folder = tmp_path_factory.mktemp("data") / "modelnet40_ply_hdf5_2048"
+    folder.mkdir()
+    (folder / "shape_names.txt").write_text("ball\nrod\nplate\n")
+    rng = np.random.default_rng(0)
+    axes = np.array([[1, 1, 1], [0.1, 0.1, 1], [1, 1, 0.1]])
+    for split, count in (("train", 31), ("test", 12)):
+        label = np.arange(count) % 3
+        points = rng.standard_normal((count, 1030, 3)) * axes[label][:, None]
+        with h5py.File(folder / f"ply_data_{split}0.h5", "w") as file:
+            file["data"] = points.astype(np.float32)
+            file["label"] = label.astype(np.uint8)[:, None]
+        (folder / f"{split}_files.txt").write_text(f"data/{folder.name}/ply_data_{split}0.h5\n")
+    return folder.parent

@@ -21,7 +21,7 @@ def digits() -> Dataset:
 
 def test_split_is_complete_disjoint_and_stratified(digits: Dataset) -> None:
     assert (len(digits.train), len(digits.test), digits.classes) == (1297, 500, 10)
-    both = torch.cat([digits.train.images, digits.test.images]).flatten(1)
+    both = torch.cat([digits.train.inputs, digits.test.inputs]).flatten(1)
     source = torch.from_numpy(load_digits().images * 15).to(torch.uint8).flatten(1)
     assert torch.equal(both.unique(dim=0), source.unique(dim=0))
     expected = torch.from_numpy(load_digits().target).bincount() * 500 / 1797
@@ -30,7 +30,7 @@ def test_split_is_complete_disjoint_and_stratified(digits: Dataset) -> None:
 
 def test_held_out_split_never_changes(digits: Dataset) -> None:
     assert digits.test.labels[:12].tolist() == [4, 6, 7, 8, 0, 5, 6, 9, 0, 6, 8, 4]
-    assert digits.test.images.sum().item() == 2_354_520
+    assert digits.test.inputs.sum().item() == 2_354_520
 
 
 def test_training_images_are_normalised(digits: Dataset) -> None:
@@ -42,7 +42,7 @@ def test_training_images_are_normalised(digits: Dataset) -> None:
 
 def test_training_shifts_by_at_most_one_pixel_and_never_mirrors(digits: Dataset) -> None:
     batches = EpochBatches(digits.train, 1297, seed=0)
-    (x, _) = next(batches.epoch(0))
+    x, *_ = next(batches.epoch(0))
     (plain, _) = next(digits.train.batches(batches.order(0), 1297))
     background = plain.min()
     padded = torch.nn.functional.pad(plain, (1,) * 4, value=background.item())
@@ -59,7 +59,7 @@ def test_missing_scikit_learn_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_unknown_name_lists_the_known_and_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"digits, cifar100, imagenet; did you mean cifar100\?"):
+    with pytest.raises(ConfigError, match=r"known: digits, .*, shapes; did you mean cifar100\?"):
         open_data("cifar-100")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sigmabranch.data import Dataset, EpochBatches, ResidentSplit, derive_seed
+from sigmabranch.data import Dataset, EpochBatches, ResidentSplit, derive_seed, own_samples
 from sigmabranch.data.augment import CropFlip
 from sigmabranch.data.seeds import below, sample_bits
 from sigmabranch.data.split import Normalise, stratified
@@ -16,7 +16,7 @@ def numbered_split(samples: int = 53, *, channels_last: bool = False) -> Residen
     """Images of random pixels; the label is the sample's number."""
     images = torch.randint(0, 256, (samples, 3, 8, 8), dtype=torch.uint8)
     return ResidentSplit(
-        images=images,
+        inputs=images,
         labels=torch.arange(samples),
         augment=CropFlip(pad=2, flip=True),
         normalise=Normalise(
@@ -26,7 +26,7 @@ def numbered_split(samples: int = 53, *, channels_last: bool = False) -> Residen
 
 
 def labels_seen(batches: EpochBatches, epoch: int, start: int = 0) -> list[int]:
-    return [int(label) for _, y in batches.epoch(epoch, start) for label in y]
+    return [int(label) for _, y, _ in batches.epoch(epoch, start) for label in y]
 
 
 def test_derived_seeds_depend_on_every_part_and_on_order() -> None:
@@ -64,7 +64,7 @@ def test_plain_batches_are_the_normalised_images_in_the_order_asked(channels_las
     split = numbered_split(channels_last=channels_last)
     order = torch.tensor([5, 0, 5, 17, 3])
     (x0, y0), (x1, y1), (x2, y2) = split.batches(order, 2)
-    images = split.images[order].double() / 255
+    images = split.inputs[order].double() / 255
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
     expected = (images - mean[:, None, None]) / std[:, None, None]
     assert torch.allclose(torch.cat([x0, x1, x2]).double(), expected, atol=1e-6)
@@ -85,10 +85,10 @@ def test_augmentation_of_a_sample_does_not_depend_on_its_batch() -> None:
 
 def test_batches_leave_the_images_and_the_global_generator_alone() -> None:
     split = numbered_split()
-    before, state = split.images.clone(), torch.get_rng_state()
-    for x, _ in EpochBatches(split, 8, seed=0).epoch(0):
+    before, state = split.inputs.clone(), torch.get_rng_state()
+    for x, *_ in EpochBatches(split, 8, seed=0).epoch(0):
         x.zero_()
-    assert torch.equal(split.images, before)
+    assert torch.equal(split.inputs, before)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -105,7 +105,7 @@ def test_a_sample_is_augmented_anew_in_each_epoch_or_not_at_all() -> None:
     split = numbered_split()
 
     def by_label(epoch: int, augment: bool) -> torch.Tensor:
-        ((x, y),) = EpochBatches(split, 53, seed=1, augment=augment).epoch(epoch)
+        ((x, y, _),) = EpochBatches(split, 53, seed=1, augment=augment).epoch(epoch)
         return x[y.argsort()]
 
     changed = (by_label(0, True) != by_label(1, True)).flatten(1).any(1)
@@ -121,29 +121,43 @@ def test_an_epoch_entered_at_any_step_continues_bit_for_bit() -> None:
     for start in range(8):
         rest = list(batches.epoch(4, start))
         assert len(rest) == 7 - start
-        for (x, y), (expected_x, expected_y) in zip(rest, whole[start:], strict=True):
+        for (x, y, _), (expected_x, expected_y, _) in zip(rest, whole[start:], strict=True):
             assert torch.equal(x, expected_x)
             assert torch.equal(y, expected_y)
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_ranks_take_equal_steps_and_share_the_samples(world_size: int, drop_last: bool) -> None:
+@pytest.mark.parametrize(("batch_size", "world_size"), [(4, 2), (5, 2), (7, 3), (10, 4)])
+def test_the_shares_of_a_step_are_its_samples_whatever_the_number_of_processes(
+    batch_size: int, world_size: int, drop_last: bool
+) -> None:
+    split = numbered_split(51)
+    whole = list(EpochBatches(split, batch_size, 0, drop_last=drop_last).epoch(2))
     ranks = [
-        EpochBatches(numbered_split(), 4, 0, rank, world_size, drop_last=drop_last)
+        list(EpochBatches(split, batch_size, 0, rank, world_size, drop_last=drop_last).epoch(2))
         for rank in range(world_size)
     ]
-    seen = [labels_seen(rank, 2) for rank in ranks]
-    sizes = {tuple(len(y) for _, y in rank.epoch(2)) for rank in ranks}
-    assert len(sizes) == 1
-    assert all(len(rank) == len(next(iter(sizes))) for rank in ranks)
-    everything = [label for labels in seen for label in labels]
-    if drop_last:
-        assert set(next(iter(sizes))) == {4}
-        assert len(set(everything)) == len(everything) > 53 - 4 * world_size
-    else:
-        assert set(everything) == set(range(53))
-        assert len(everything) < 53 + world_size
+    for joint, *shares in zip(whole, *ranks, strict=True):
+        assert {share.total for share in shares} == {len(joint.y)}
+        # The last step may have fewer samples than processes; some then hold its first one.
+        mine = [
+            share.y[: own_samples(share.total, rank, world_size)]
+            for rank, share in enumerate(shares)
+        ]
+        assert sorted(torch.cat(mine).tolist()) == sorted(joint.y.tolist())
+        for share in shares:
+            assert len(share.y) >= 1
+            rows = [joint.y.tolist().index(label) for label in share.y.tolist()]
+            assert torch.equal(share.x, joint.x[rows])
+
+
+def test_data_are_known_by_number_and_labels() -> None:
+    one, again = (EpochBatches(numbered_split(), 8, seed=seed) for seed in (0, 1))
+    assert one.identity == again.identity
+    fewer = EpochBatches(numbered_split(52), 8, seed=0)
+    swapped = numbered_split()
+    swapped.labels[:2] = swapped.labels[:2].flip(0)
+    assert fewer.identity != one.identity != EpochBatches(swapped, 8, seed=0).identity
 
 
 @pytest.mark.parametrize(
@@ -151,6 +165,7 @@ def test_ranks_take_equal_steps_and_share_the_samples(world_size: int, drop_last
     [
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": 4, "rank": 2, "world_size": 2}, "rank 2"),
+        ({"batch_size": 4, "rank": 2, "world_size": 5}, "without a sample"),
         ({"batch_size": 54, "drop_last": True}, "smaller batch_size"),
     ],
 )

@@ -1,7 +1,7 @@
 """Data sets: readers, splits that yield normalised batches, and their augmentation."""
 
-from sigmabranch.data.batches import EpochBatches
-from sigmabranch.data.registry import DATA_NAMES, check_data, open_data
+from sigmabranch.data.batches import EpochBatches, Share, own_rows, own_samples
+from sigmabranch.data.registry import DATA_NAMES, check_data, input_shape, open_data
 from sigmabranch.data.seeds import derive_seed
 from sigmabranch.data.split import Dataset, ResidentSplit, Split
 
@@ -10,8 +10,12 @@ __all__ = [
     "Dataset",
     "EpochBatches",
     "ResidentSplit",
+    "Share",
     "Split",
     "check_data",
     "derive_seed",
+    "input_shape",
     "open_data",
+    "own_rows",
+    "own_samples",
 ]

@@ -67,7 +67,7 @@ def open_cifar100(
     def split(file: str, records: int) -> ResidentSplit:
         images, labels = _parse(file, content[file], records)
         return ResidentSplit(
-            images=images.to(device),
+            inputs=images.to(device),
             labels=labels.to(device),
             augment=augment,
             normalise=normalise,

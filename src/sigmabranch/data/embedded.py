@@ -31,7 +31,7 @@ def open_digits(device: torch.device | str, *, channels_last: bool = False) -> D
     images = torch.from_numpy(digits.images * 15).to(torch.uint8)[:, None]
     labels = torch.from_numpy(digits.target).long()
     everything = ResidentSplit(
-        images=images.to(device),
+        inputs=images.to(device),
         labels=labels.to(device),
         augment=CropFlip(pad=1, flip=False),
         normalise=Normalise(MEAN, STD, device=device, channels_last=channels_last),

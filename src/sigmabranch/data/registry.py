@@ -8,14 +8,25 @@ from pathlib import Path
 import torch
 
 from sigmabranch.data.cifar import ARCHIVE, PAGE, open_cifar100
+from sigmabranch.data.clouds import POINTS
 from sigmabranch.data.embedded import open_digits
+from sigmabranch.data.modelnet import HDF5_FOLDER, TEXT_FOLDER, open_modelnet40
+from sigmabranch.data.shapes import open_shapes
 from sigmabranch.data.split import Dataset
 from sigmabranch.errors import ConfigError, DataError
 
-DATA_NAMES = ("digits", "cifar100", "imagenet")
-_FIXED_SIZES = {"digits": 8, "cifar100": 32}
+# Of one input. Images of folders are scaled to any size, by default to this one.
+_SHAPES: dict[str, tuple[int, ...]] = {
+    "digits": (1, 8, 8),
+    "cifar100": (3, 32, 32),
+    "imagenet": (3, 224, 224),
+    "modelnet40": (POINTS, 3),
+    "shapes": (POINTS, 3),
+}
+DATA_NAMES = tuple(_SHAPES)
 _CONTENTS = {
     "cifar100": f"one that holds {ARCHIVE} (the binary version) from {PAGE}, packed or unpacked",
+    "modelnet40": f"one that holds {HDF5_FOLDER} or {TEXT_FOLDER}",
     "imagenet": "one that holds train/<class>/*.JPEG and val/<class>/*.JPEG",
 }
 
@@ -33,10 +44,10 @@ def open_data(
 
     Args:
         name: one of :data:`DATA_NAMES`.
-        folder: where its files lie; "digits" comes with scikit-learn and needs none.
-        device: where batches are handed out; "digits" and "cifar100" stay there as a whole.
-        image_size: side in pixels; free for "imagenet" (default 224), fixed for the others.
-        channels_last: memory format of the batches.
+        folder: where its files lie; "digits" (they come with scikit-learn) and "shapes" need none.
+        device: where batches are handed out; all data sets but "imagenet" stay there as a whole.
+        image_size: side in pixels; free for "imagenet" (default 224), fixed for other images.
+        channels_last: memory format of batches of images.
         workers: processes that decode images ("imagenet" only); None: one a core, up to 16.
 
     Raises:
@@ -44,22 +55,33 @@ def open_data(
         DataError: files that are missing or damaged.
         MissingDependency: the reader's package is not installed.
     """
-    check_data(name, image_size)
+    shape = input_shape(name, image_size)
     if name == "digits":
         return open_digits(device, channels_last=channels_last)
+    if name == "shapes":
+        return open_shapes(device)
     if folder is None:
         raise DataError(f"{name} needs a folder (--data): {_CONTENTS[name]}")
     if name == "cifar100":
         return open_cifar100(folder, device, channels_last=channels_last)
-    from sigmabranch.data.imagenet import IMAGE_SIZE, open_imagenet  # noqa: PLC0415 (loads Pillow)
+    if name == "modelnet40":
+        return open_modelnet40(folder, device)
+    from sigmabranch.data.imagenet import open_imagenet  # noqa: PLC0415 (loads Pillow)
 
     return open_imagenet(
-        folder,
-        device,
-        image_size=image_size or IMAGE_SIZE,
-        channels_last=channels_last,
-        workers=workers,
+        folder, device, image_size=shape[-1], channels_last=channels_last, workers=workers
     )
+
+
+def input_shape(name: str, image_size: int | None = None) -> tuple[int, ...]:
+    """Shape of one input, known without opening the data: (C, H, W) or (P, 3).
+
+    Raises:
+        ConfigError: an unknown name, or an image size that the data set does not have.
+    """
+    check_data(name, image_size)
+    shape = _SHAPES[name]
+    return shape if image_size is None else (shape[0], image_size, image_size)
 
 
 def check_data(name: str, image_size: int | None) -> None:
@@ -68,10 +90,14 @@ def check_data(name: str, image_size: int | None) -> None:
         near = difflib.get_close_matches(name, DATA_NAMES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"unknown data set {name!r}; known: {', '.join(DATA_NAMES)}{hint}")
-    fixed = _FIXED_SIZES.get(name)
-    if fixed is not None and image_size not in (None, fixed):
+    if image_size is None:
+        return
+    *channels, height, width = _SHAPES[name]
+    if not channels:
+        raise ConfigError(f"{name} holds point clouds, which have no image_size; leave it out")
+    if name != "imagenet" and image_size != width:
         raise ConfigError(
-            f"{name} images have {fixed} x {fixed} pixels, not {image_size}; leave image_size out"
+            f"{name} images have {height} x {width} pixels, not {image_size}; leave image_size out"
         )
-    if image_size is not None and image_size < 1:
+    if image_size < 1:
         raise ConfigError(f"image_size is {image_size}; give 1 or more pixels")

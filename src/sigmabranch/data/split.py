@@ -1,6 +1,8 @@
 """A split yields normalised batches in any order asked for; a data set is a pair of splits.
 
-B batch, N samples, C channels, H height, W width.
+An input is an image or a point cloud.
+
+B batch, N samples, C channels, H height, W width, P points.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class Split(Protocol):
             start: number of the first batch to yield; the earlier ones cost nothing.
 
         Yields:
-            (B, C, H, W) float32 normalised images and (B,) int64 labels, on the split's device.
+            (B, ...) float32 normalised inputs and (B,) int64 labels, on the split's device.
         """
 
     def select(self, index: Tensor) -> Split:
@@ -78,19 +80,19 @@ class Normalise:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResidentSplit:
-    """A split that lies on the device as uint8; batches are made there, without a loader.
+    """A split that lies on the device as a whole; batches are made there, without a loader.
 
     Attributes:
-        images: (N, C, H, W) uint8.
-        labels: (N,) int64 on the device of ``images``.
-        augment: maps (images, sample numbers, seed) to augmented images of the same shape.
-        normalise: maps uint8 images to float32.
+        inputs: (N, C, H, W) uint8 images or (N, P, 3) float32 clouds.
+        labels: (N,) int64 on the device of ``inputs``.
+        augment: maps (inputs, sample numbers, seed) to augmented inputs of the same shape.
+        normalise: maps a batch of inputs to float32.
     """
 
-    images: Tensor
+    inputs: Tensor
     labels: Tensor
     augment: Augment
-    normalise: Normalise
+    normalise: Callable[[Tensor], Tensor]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -99,19 +101,19 @@ class ResidentSplit:
         self, order: Tensor, batch_size: int, *, augment_seed: int | None = None, start: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """See :meth:`Split.batches`."""
-        order = order.to(self.images.device)
+        order = order.to(self.inputs.device)
         for index in torch.split(order[start * batch_size :], batch_size):
             if not len(index):  # split() of nothing is one empty piece
                 return
-            images = self.images[index]
+            inputs = self.inputs[index]
             if augment_seed is not None:
-                images = self.augment(images, index, augment_seed)
-            yield self.normalise(images), self.labels[index]
+                inputs = self.augment(inputs, index, augment_seed)
+            yield self.normalise(inputs), self.labels[index]
 
     def select(self, index: Tensor) -> ResidentSplit:
         """See :meth:`Split.select`."""
-        index = index.to(self.images.device)
-        return replace(self, images=self.images[index], labels=self.labels[index])
+        index = index.to(self.inputs.device)
+        return replace(self, inputs=self.inputs[index], labels=self.labels[index])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,14 +125,14 @@ class Dataset:
         train: training samples.
         test: held-out samples.
         class_names: of every class, in label order.
-        shape: (C, H, W) of one image.
+        shape: of one input: (C, H, W) of an image, (P, 3) of a cloud.
     """
 
     name: str
     train: Split
     test: Split
     class_names: tuple[str, ...]
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
 
     @property
     def classes(self) -> int:
