@@ -20,10 +20,10 @@ from typing import Any
 import psutil
 import torch
 from harness import interleaved, parser, publish
-from images import task_images
+from inputs import task_inputs
 from torch import nn
 
-from sigmabranch.backbones import ResNet, as_backbone
+from sigmabranch.backbones import as_backbone
 from sigmabranch.conversion import convert
 from sigmabranch.tasks import find_task, ordered
 
@@ -36,8 +36,8 @@ def measured(options: argparse.Namespace, samples: int) -> dict[str, Any]:
     """Time and memory of converting on ``samples`` images, in this process."""
     task = find_task(options.task)
     torch.manual_seed(0)
-    dense = ResNet(task.model).to(options.device).eval()
-    loader = ordered(task_images(task, samples, options.data, options.device))
+    dense = task.model.build().to(options.device).eval()
+    loader = ordered(task_inputs(task, samples, options.data, options.device))
     backbone = as_backbone(dense)
     levels = backbone.levels(task.tree.depth, task.tree.cuts)
     trunk = nn.Sequential(*backbone.modules(levels.trunk))

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import torch
 from harness import interleaved, parser, publish
-from images import batch, synthetic
+from inputs import batch, synthetic
 
-from sigmabranch.backbones import ResNet
 from sigmabranch.conversion import ConversionSpec, convert
 from sigmabranch.measure import cost
 from sigmabranch.measure.routes import balance
@@ -27,7 +26,7 @@ def main() -> None:
     options = options.parse_args()
     task, device = find_task(options.task), options.device
     torch.manual_seed(0)
-    dense = ResNet(task.model).to(device).eval()
+    dense = task.model.build().to(device).eval()
     spec = ConversionSpec(balanced=True, centred=True, norm_samples=options.samples)
     net = convert(dense, ordered(synthetic(task, options.samples, device)), task.tree, spec=spec)
     counted = cost(net, example(task), dense=dense)

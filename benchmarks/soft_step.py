@@ -12,10 +12,9 @@ from collections.abc import Callable
 
 import torch
 from harness import interleaved, parser, publish
-from images import batch
+from inputs import batch
 from torch import nn
 
-from sigmabranch.backbones import ResNet
 from sigmabranch.conversion import blueprint
 from sigmabranch.measure import cost
 from sigmabranch.tasks import Task, find_task
@@ -47,7 +46,7 @@ def main() -> None:
     options.add_argument("--batch", type=int, nargs="+", default=[32, 128])
     options = options.parse_args()
     task = find_task(options.task)
-    dense = ResNet(task.model)
+    dense = task.model.build()
     net = blueprint(dense, example(task), task.tree)
     counted = cost(net, example(task), dense=dense)
     macs_ratio = counted["net"]["soft_macs"] / counted["dense"]["macs"]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sigmabranch.version import __version__
 
 if TYPE_CHECKING:
-    from sigmabranch.backbones import Backbone, ResNet, ResNetSpec
+    from sigmabranch.backbones import Backbone, PointNet2, PointNet2Spec, ResNet, ResNetSpec
     from sigmabranch.conversion import ConversionRecord, ConversionSpec, convert, rebuild
     from sigmabranch.coupling import CouplingMap, SlicePlan, trace
     from sigmabranch.errors import SigmaBranchError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sigmabranch.tree import TreeSpec
 
 _HOMES = {
-    "sigmabranch.backbones": ("Backbone", "ResNet", "ResNetSpec"),
+    "sigmabranch.backbones": ("Backbone", "PointNet2", "PointNet2Spec", "ResNet", "ResNetSpec"),
     "sigmabranch.conversion": ("ConversionRecord", "ConversionSpec", "convert", "rebuild"),
     "sigmabranch.coupling": ("CouplingMap", "SlicePlan", "trace"),
     "sigmabranch.errors": ("SigmaBranchError",),
@@ -49,6 +49,8 @@ __all__ = [
     "CouplingMap",
     "FinetuneRecipe",
     "HardOutput",
+    "PointNet2",
+    "PointNet2Spec",
     "Recipe",
     "ResNet",
     "ResNetSpec",

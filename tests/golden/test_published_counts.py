@@ -30,6 +30,12 @@ COMMAND = "from sigmabranch.cli import main; main()"
             (29_247_274, 10_336_014, 2_833_842_640),
             (59.56, 31.08),
         ),
+        (
+            "modelnet40-pointnet2",
+            (1_473_128, 580_562_432),
+            (1_456_230, 614_636, 521_248_256),
+            (58.28, 10.22),
+        ),
     ],
 )
 def test_counts_are_the_papers(task, dense, net, reductions, tmp_path):
@@ -52,4 +58,8 @@ def test_counts_are_the_papers(task, dense, net, reductions, tmp_path):
     assert list(cost["paths"]) == ["0-0", "0-1", "1-0", "1-1"]
     saved = cost["reduction_percent"]
     assert (round(saved["active_params"], 2), round(saved["macs"], 2)) == reductions
+    if task == "modelnet40-pointnet2":  # the paper's 1.148 and 1.030 G
+        doubled = (cost["dense"]["flops_doubled"], cost["net"]["flops_doubled"])
+        assert doubled == (1_148_081_664, 1_029_649_408)
+        assert "doubled" in cost["convention"]
     assert os.listdir(tmp_path) == []

@@ -117,7 +117,7 @@ def test_json_that_is_no_task_is_refused(change):
 
 
 def test_an_unknown_task_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"digits-resnet, cifar100-small.*mean digits-resnet"):
+    with pytest.raises(ConfigError, match=r"digits-resnet, shapes-pointnet2.*mean digits-resnet"):
         find_task("digit-resnet")
 
 
@@ -220,8 +220,8 @@ def test_an_unknown_control_is_refused():
 def test_a_narrow_dense_network_meets_its_size(name):
     spec = TASKS[name].model
     with torch.device("meta"):
-        whole = sum(p.numel() for p in ResNet(spec).parameters())
-        narrow = ResNet(dense_of_size(spec, whole // 3))
+        whole = sum(p.numel() for p in spec.build().parameters())
+        narrow = dense_of_size(spec, whole // 3).build()
     found = sum(p.numel() for p in narrow.parameters())
     assert found == pytest.approx(whole / 3, rel=0.01)
 

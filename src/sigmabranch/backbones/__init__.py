@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from sigmabranch.backbones.base import Backbone, GlobalAveragePool, Levels
+from sigmabranch.backbones.pointnet2 import (
+    PointNet2,
+    PointNet2Spec,
+    build_pointnet2,
+    pointnet2_backbone,
+)
 from sigmabranch.backbones.resnet import ResNet, ResNetSpec, build_resnet, resnet_backbone
 from sigmabranch.backbones.timm import build_timm
 from sigmabranch.errors import CheckpointError, ConfigError
 
 __all__ = [
+    "FAMILIES",
     "Backbone",
     "GlobalAveragePool",
     "Levels",
+    "ModelSpec",
+    "PointNet2",
+    "PointNet2Spec",
     "ResNet",
     "ResNetSpec",
     "as_backbone",
     "build",
 ]
 
-_ADAPTERS: tuple[Callable[[nn.Module], Backbone | None], ...] = (resnet_backbone,)
+#: The shape of a network that this library builds by itself.
+ModelSpec: TypeAlias = ResNetSpec | PointNet2Spec
+FAMILIES: Mapping[str, type[ModelSpec]] = {
+    spec.family: spec for spec in (ResNetSpec, PointNet2Spec)
+}
+
+_ADAPTERS: tuple[Callable[[nn.Module], Backbone | None], ...] = (
+    resnet_backbone,
+    pointnet2_backbone,
+)
 _BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
+    "pointnet2": build_pointnet2,
     "resnet": build_resnet,
     "timm": build_timm,
 }

@@ -40,6 +40,7 @@ class Backbone:
         stages: those members of ``chain`` at which a tree level may begin.
         head: paths of the modules from the pooled last feature to the (B, V) logits.
         pool: parameter-free module, feature → (B, C); what routers, statistics and heads see.
+        whole: paths of modules inside the stages whose output channels every branch keeps.
         source: how to rebuild the network's skeleton (:func:`~sigmabranch.backbones.build`), or
             None if only its owner can.
     """
@@ -49,10 +50,11 @@ class Backbone:
     stages: tuple[str, ...]
     head: tuple[str, ...]
     pool: nn.Module = field(default_factory=GlobalAveragePool)
+    whole: tuple[str, ...] = ()
     source: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for path in (*self.chain, *self.head):
+        for path in (*self.chain, *self.head, *self.whole):
             try:
                 self.model.get_submodule(path)
             except AttributeError:

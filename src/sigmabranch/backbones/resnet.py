@@ -8,14 +8,14 @@ by the same adapter, :func:`resnet_backbone`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from sigmabranch.backbones.base import Backbone, GlobalAveragePool
 from sigmabranch.backbones.timm import timm_source
-from sigmabranch.errors import ConfigError
+from sigmabranch.errors import ConfigError, DataError
 from sigmabranch.fields import from_fields, to_fields
 
 _EXPANSION = {"basic": 1, "bottleneck": 4}
@@ -38,6 +38,8 @@ class ResNetSpec:
         classes: length of the output.
     """
 
+    family: ClassVar[str] = "resnet"
+
     block: str = "bottleneck"
     layers: tuple[int, ...] = (3, 4, 6, 3)
     planes: tuple[int, ...] = (64, 128, 256, 512)
@@ -57,6 +59,27 @@ class ResNetSpec:
         sizes = (*self.layers, *self.planes, *self.strides, self.stem_width, self.in_channels)
         if min(*sizes, self.classes) < 1:
             raise ConfigError("every size of a ResNet must be at least 1")
+
+    def build(self) -> ResNet:
+        """A freshly initialised network of this shape."""
+        return ResNet(self)
+
+    def check_input(self, shape: tuple[int, ...]) -> None:
+        """Raise :class:`DataError` unless one input of ``shape`` fits the network."""
+        if len(shape) != 3:
+            raise DataError(f"the network takes images, the data are of shape {shape}")
+        if shape[0] != self.in_channels:
+            raise DataError(
+                f"the images have {shape[0]} channels but the network is made for "
+                f"{self.in_channels}: use --set model.in_channels={shape[0]}"
+            )
+
+    def narrowed(self, factor: float, nudge: int) -> ResNetSpec:
+        """All widths times ``factor``; the last stage ``nudge`` planes wider."""
+        planes = [max(1, round(width * factor)) for width in self.planes]
+        planes[-1] = max(1, planes[-1] + nudge)
+        stem_width = max(1, round(self.stem_width * factor))
+        return replace(self, planes=tuple(planes), stem_width=stem_width)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; :meth:`from_dict` is its inverse."""
@@ -120,7 +143,7 @@ class ResNet(nn.Module):
 
     def __init__(self, spec: ResNetSpec) -> None:
         super().__init__()
-        self.skeleton_source = {"builder": "resnet", "config": spec.to_dict()}
+        self.skeleton_source = {"builder": spec.family, "config": spec.to_dict()}
         size, stride = _STEMS[spec.stem]
         self.conv1 = nn.Conv2d(
             spec.in_channels, spec.stem_width, size, stride, size // 2, bias=False

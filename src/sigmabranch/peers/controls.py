@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from sigmabranch import files
-from sigmabranch.backbones import ResNet, ResNetSpec
+from sigmabranch.backbones import ModelSpec
 from sigmabranch.conversion import single_path
 from sigmabranch.errors import ConfigError
 from sigmabranch.measure import cost, evaluate_dense
@@ -85,7 +85,7 @@ def _dense_continued(chain: Chain, folder: Path) -> tuple[nn.Module, int]:
 def _dense_equal(chain: Chain, folder: Path) -> tuple[nn.Module, int]:
     """A narrow dense network of equal active size, trained from scratch in one schedule."""
     with seeded(chain.seed):
-        model = ResNet(_equal_spec(chain.task))
+        model: nn.Module = _equal_spec(chain.task).build()
     recipe: Recipe = replace(chain.task.dense, epochs=_epochs(chain))
     chain.train(model, recipe, folder)
     return model, recipe.epochs
@@ -98,7 +98,7 @@ CONTROLS: Mapping[str, Callable[[Chain, Path], tuple[nn.Module, int]]] = {
 }
 
 
-def _equal_spec(task: Task) -> ResNetSpec:
+def _equal_spec(task: Task) -> ModelSpec:
     """The narrow network whose size is that of one path of the task's tree."""
     _, net = sketch(task)
     active = max(
@@ -108,18 +108,18 @@ def _equal_spec(task: Task) -> ResNetSpec:
     return dense_of_size(task.model, active)
 
 
-def dense_of_size(spec: ResNetSpec, params: int) -> ResNetSpec:
+def dense_of_size(spec: ModelSpec, params: int) -> ModelSpec:
     """The narrower network of the same depth whose size is nearest to ``params``.
 
-    All widths shrink by one factor, the last stage a little more or less to hit the size.
+    All widths shrink by one factor, the widest a little more or less to hit the size.
 
     Raises:
         ConfigError: no width comes within one percent.
     """
     grid = range(1, 1001)
-    middle = bisect_left(grid, params, key=lambda step: _params(_narrowed(spec, step / 1000, 0)))
+    middle = bisect_left(grid, params, key=lambda step: _params(spec.narrowed(step / 1000, 0)))
     candidates = [
-        _narrowed(spec, step / 1000, nudge)
+        spec.narrowed(step / 1000, nudge)
         for step in grid[max(0, middle - 2) : middle + 2]
         for nudge in (-1, 0, 1)
     ]
@@ -132,15 +132,9 @@ def dense_of_size(spec: ResNetSpec, params: int) -> ResNetSpec:
     return best
 
 
-def _narrowed(spec: ResNetSpec, factor: float, nudge: int) -> ResNetSpec:
-    planes = [max(1, round(width * factor)) for width in spec.planes]
-    planes[-1] = max(1, planes[-1] + nudge)
-    return replace(spec, planes=tuple(planes), stem_width=max(1, round(spec.stem_width * factor)))
-
-
-def _params(spec: ResNetSpec) -> int:
+def _params(spec: ModelSpec) -> int:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in ResNet(spec).parameters())
+        return sum(parameter.numel() for parameter in spec.build().parameters())
 
 
 def _epochs(chain: Chain) -> int:

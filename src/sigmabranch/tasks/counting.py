@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sigmabranch.backbones import ResNet
 from sigmabranch.conversion import blueprint
+from sigmabranch.data import input_shape
 from sigmabranch.measure import cost
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.tasks.task import Task
 
-_SIZES = {"digits": 8, "cifar100": 32, "imagenet": 224}
+# Couplings do not depend on an image's size, so they are traced on a small one.
+_TRACED_SIDE = 64
 
 
 def count_task(task: Task) -> dict[str, Any]:
@@ -27,31 +28,30 @@ def count_task(task: Task) -> dict[str, Any]:
     return cost(net, example(task), dense=dense)
 
 
-def sketch(task: Task) -> tuple[ResNet, SigmaBranchNet]:
+def sketch(task: Task) -> tuple[nn.Module, SigmaBranchNet]:
     """A task's dense and branched networks with meaningless weights.
 
     Raises:
         ConfigError: the tree does not fit the network.
         ConversionError: the network cannot be cut there.
     """
-    dense = ResNet(task.model).eval()
-    # Couplings do not depend on the image size, so they are traced on a small one.
-    size = min(64, image_size(task))
-    blank = torch.zeros(1, task.model.in_channels, size, size)
+    dense, blank = task.model.build().eval(), example(task)
+    if blank.ndim == 4:
+        blank = blank[..., :_TRACED_SIDE, :_TRACED_SIDE]
     return dense, blueprint(dense, blank, task.tree)
 
 
 def count_net(net: SigmaBranchNet, task: Task) -> dict[str, Any]:
     """Cost of an existing branched network beside the dense one of its task."""
-    return cost(net, example(task), dense=ResNet(task.model).eval())
+    return cost(net, example(task), dense=task.model.build().eval())
 
 
 def example(task: Task) -> Tensor:
-    """One blank input of a task: (1, C, H, W)."""
-    size = image_size(task)
-    return torch.zeros(1, task.model.in_channels, size, size)
+    """One blank input of a task: (1, ...).
 
-
-def image_size(task: Task) -> int:
-    """Side of a task's images in pixels."""
-    return task.data.image_size or _SIZES[task.data.name]
+    Raises:
+        DataError: the task's data do not fit its network.
+    """
+    shape = input_shape(task.data.name, task.data.image_size)
+    task.model.check_input(shape)
+    return torch.zeros(1, *shape)

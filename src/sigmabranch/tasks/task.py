@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from sigmabranch.backbones import ResNetSpec
+from sigmabranch.backbones import FAMILIES, ModelSpec
 from sigmabranch.conversion import ConversionSpec
 from sigmabranch.data import check_data
 from sigmabranch.errors import ConfigError
@@ -67,7 +67,7 @@ class Task:
     name: str
     summary: str
     data: DataSpec
-    model: ResNetSpec
+    model: ModelSpec
     tree: TreeSpec = field(default_factory=TreeSpec)
     conversion: ConversionSpec = field(default_factory=ConversionSpec)
     dense: Recipe = field(default_factory=Recipe)
@@ -75,11 +75,9 @@ class Task:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; :meth:`from_dict` is its inverse."""
-        return {
-            "name": self.name,
-            "summary": self.summary,
-            **{name: getattr(self, name).to_dict() for name in SECTIONS},
-        }
+        sections = {name: getattr(self, name).to_dict() for name in SECTIONS}
+        sections["model"] = {"family": self.model.family, **sections["model"]}
+        return {"name": self.name, "summary": self.summary, **sections}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Task:
@@ -89,8 +87,13 @@ class Task:
             ConfigError: a missing section, an unknown key or a wrong value.
         """
         try:
-            sections = {name: kind.from_dict(value[name]) for name, kind in SECTIONS.items()}
-            return cls(name=value["name"], summary=value["summary"], **sections)
+            sections = {name: kind.from_dict(value[name]) for name, kind in _KINDS.items()}
+            return cls(
+                name=value["name"],
+                summary=value["summary"],
+                model=_model_from_dict(value["model"]),
+                **sections,
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"not a task: {error!r}") from error
 
@@ -105,30 +108,42 @@ class Task:
             ConfigError: no such key, an ambiguous one, or a value that does not fit.
         """
         sections = {name: getattr(self, name).to_dict() for name in SECTIONS}
+        known = setting_keys(self)
         for setting in settings:
             key, equals, text = setting.partition("=")
             if not equals:
                 raise ConfigError(f"--set takes key=value, got {setting!r}")
-            section, name = _locate(key.strip())
+            section, name = _locate(key.strip(), known)
             if (section, name) == ("tree", "depth"):
                 sections["tree"]["leaves"] = TreeSpec.balanced(_integer(key, text)).leaves
             else:
                 sections[section][name] = _parsed(text)
         try:
-            changed = {name: kind.from_dict(sections[name]) for name, kind in SECTIONS.items()}
+            changed = {
+                name: type(getattr(self, name)).from_dict(values)
+                for name, values in sections.items()
+            }
         except (TypeError, ValueError) as error:
             raise ConfigError(f"a --set value does not fit its field: {error}") from error
         return replace(self, **changed)
 
 
-SECTIONS: Mapping[str, Any] = {
+SECTIONS = ("data", "model", "tree", "conversion", "dense", "finetune")
+_KINDS: Mapping[str, Any] = {
     "data": DataSpec,
-    "model": ResNetSpec,
     "tree": TreeSpec,
     "conversion": ConversionSpec,
     "dense": Recipe,
     "finetune": FinetuneRecipe,
 }
+
+
+def _model_from_dict(value: Mapping[str, Any]) -> ModelSpec:
+    # Tasks that were saved before there were families hold a ResNet.
+    family = value.get("family", "resnet")
+    if family not in FAMILIES:
+        raise ConfigError(f"unknown network family {family!r}: known are {', '.join(FAMILIES)}")
+    return FAMILIES[family].from_dict({k: v for k, v in value.items() if k != "family"})
 
 
 def first_difference(old: Any, new: Any, where: str = "") -> str:
@@ -142,14 +157,13 @@ def first_difference(old: Any, new: Any, where: str = "") -> str:
     return "" if old == new else f"{where} is {old} there and {new} here"
 
 
-def setting_keys() -> list[str]:
-    """Every key that ``--set`` knows."""
-    keys = [f"{name}.{part.name}" for name, kind in SECTIONS.items() for part in fields(kind)]
+def setting_keys(task: Task) -> list[str]:
+    """Every key that ``--set`` knows for this task."""
+    keys = [f"{name}.{part.name}" for name in SECTIONS for part in fields(getattr(task, name))]
     return sorted([*keys, "tree.depth"])
 
 
-def _locate(key: str) -> tuple[str, str]:
-    known = setting_keys()
+def _locate(key: str, known: Sequence[str]) -> tuple[str, str]:
     matches = [name for name in known if name == key or name.partition(".")[2] == key]
     if len(matches) == 1:
         section, _, name = matches[0].partition(".")
