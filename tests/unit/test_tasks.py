@@ -200,7 +200,7 @@ def test_a_start_of_another_kind_task_or_content_is_refused(task, untrained, tmp
 
 
 def test_a_chain_without_time_stops_with_a_checkpoint_and_goes_on(task, tmp_path):
-    with pytest.raises(Stopped, match="minutes is reached; the same command continues"):
+    with pytest.raises(Stopped, match="the time limit is reached; the same command continues"):
         Chain(task, tmp_path, max_minutes=0).dense()
     assert "state.json" in written(tmp_path / "dense")
     assert "manifest.json" not in written(tmp_path / "dense")

@@ -351,7 +351,17 @@ def test_moving_average_is_evaluated_and_returned(tmp_path, engine, samples):
     assert not torch.equal(stored["model"]["0.weight"], net.state_dict()["0.weight"])
 
 
-def test_bf16_run_keeps_fp32_weights_and_learns(tmp_path, engine, samples):
+@pytest.mark.parametrize(("capability", "enabled"), [("AVX2", False), ("AVX512", True)])
+def test_a_cpu_that_only_emulates_bf16_computes_in_fp32(engine, monkeypatch, capability, enabled):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    with engine.autocast("bf16"):
+        assert torch.is_autocast_enabled("cpu") == enabled
+    with engine.autocast("fp32"):
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_bf16_run_keeps_fp32_weights_and_learns(tmp_path, engine, samples, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     plan = recipe(FinetuneRecipe, epochs=6, precision="bf16")
     net = branched_net()
     result = fit(

@@ -98,7 +98,7 @@ _SHAPES = Task(
     tree=TreeSpec(widths=(128, 64), projection_dim=32),
     conversion=ConversionSpec(centred=True, balanced=True),
     dense=Recipe(
-        epochs=20,
+        epochs=12,
         batch_size=32,
         optimizer="adam",
         lr=2e-3,
@@ -108,7 +108,7 @@ _SHAPES = Task(
         label_smoothing=0.0,
     ),
     finetune=FinetuneRecipe(
-        epochs=10,
+        epochs=8,
         batch_size=32,
         optimizer="adam",
         lr=1e-3,

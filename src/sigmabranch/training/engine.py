@@ -21,6 +21,8 @@ from sigmabranch.errors import ConfigError, MissingDependency, ProcessLost
 # A process that is silent for so long counts as lost. Only what one process does alone, such as
 # writing a checkpoint, makes the others wait.
 TIMEOUT = timedelta(minutes=5)
+# CPU generations, as torch names them, without bf16 instructions.
+_EMULATING = ("DEFAULT", "AVX2")
 # How torch's CPU transport reports that the other end is gone; CUDA's has an exception of its own.
 _LOST_WORDS = ("gloo", "connection closed by peer", "connection reset by peer", "broken pipe")
 
@@ -121,7 +123,8 @@ class FabricEngine:
 
     def autocast(self, precision: str) -> AbstractContextManager[Any]:
         """Context of a forward pass in ``"fp32"`` or ``"bf16"``."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
+        enabled = precision == "bf16" and computes_in_bf16(self.device)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def accumulating(self, module: Any, enabled: bool) -> AbstractContextManager[Any]:
         """Context in which, if ``enabled``, gradients are not yet exchanged."""
@@ -236,6 +239,11 @@ def launched() -> bool:
 def launched_rank() -> int:
     """The number that the launcher gave this process; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether bf16 saves ``device`` anything: older CPUs only emulate it, many times slower."""
+    return device.type != "cpu" or torch.backends.cpu.get_cpu_capability() not in _EMULATING
 
 
 def resolve_device(device: str) -> torch.device:

@@ -32,7 +32,8 @@ class Recipe:
         clip_norm: largest gradient norm; 0 does not clip.
         distill_weight: share of the classification loss that imitates the teacher instead.
         distill_temperature: softening of teacher and student in that imitation.
-        precision: ``"bf16"`` runs the network under autocast; losses stay in fp32.
+        precision: ``"bf16"`` runs the network under autocast, on CPUs only where they have the
+            instructions; losses stay in fp32.
         compile: run the training step through ``torch.compile``.
         ema_decay: decay per step of an exponential moving average of the weights, which is then
             what is evaluated and returned; 0 keeps none.

@@ -25,7 +25,7 @@ class StopSwitch:
         self, max_minutes: float | None = None, wish: Callable[[], bool] | None = None
     ) -> None:
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
-        self._max_minutes, self._wish = max_minutes, wish
+        self._wish = wish
         self._signal = ""
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -35,7 +35,7 @@ class StopSwitch:
         if self._signal:
             return f"interrupted by {self._signal}"
         if self._deadline is not None and time.monotonic() >= self._deadline:
-            return f"the limit of {self._max_minutes:g} minutes is reached"
+            return "the time limit is reached"
         return "asked to stop" if self._wish is not None and self._wish() else ""
 
     def __enter__(self) -> StopSwitch:
