@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +105,9 @@ def compared(
     return Table(header=header, groups=(("", rows),))
 
 
-def digits() -> Table:
-    """The demo's task over its seeds: mean ± standard deviation."""
-    group = runs_of("digits-resnet", {})
+def demo(name: str) -> Table:
+    """A demo's task over its seeds: mean ± standard deviation."""
+    group = runs_of(name, {})
     cost, controls = group.first["cost"], group.first["controls"]
 
     def row(label: str, params: int, *where: str) -> tuple[str, ...]:
@@ -121,7 +121,10 @@ def digits() -> Table:
         row("branched: routing gain", active, "branched", "routing_gain"),
         row("branched: balance (1 = even)", active, "branched", "balance"),
     )
-    header = (f"digits, {len(group.runs)} seeds", "parameters run", "top-1 %, 500 held out")
+    header = (
+        f"{group.task.data.name}, seeds {', '.join(map(str, group.seeds))}", "parameters run",
+        f"top-1 %, {group.first['branched']['samples']} held out",
+    )  # fmt: skip
     return Table(header=header, groups=(("", rows),))
 
 
@@ -138,7 +141,8 @@ def main_of_the_paper() -> Table:
 
 TABLES: Mapping[str, Callable[[], Table]] = {
     "cifar100-small": cifar100_small,
-    "digits": digits,
+    "digits": partial(demo, "digits-resnet"),
+    "shapes": partial(demo, "shapes-pointnet2"),
     "main": main_of_the_paper,
     "modelnet40-cpu": modelnet40_on_a_cpu,
 }

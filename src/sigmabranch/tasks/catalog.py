@@ -98,7 +98,7 @@ _SHAPES = Task(
     tree=TreeSpec(widths=(128, 64), projection_dim=32),
     conversion=ConversionSpec(centred=True, balanced=True),
     dense=Recipe(
-        epochs=12,
+        epochs=20,
         batch_size=32,
         optimizer="adam",
         lr=2e-3,
@@ -108,7 +108,7 @@ _SHAPES = Task(
         label_smoothing=0.0,
     ),
     finetune=FinetuneRecipe(
-        epochs=8,
+        epochs=10,
         batch_size=32,
         optimizer="adam",
         lr=1e-3,
