@@ -1,4 +1,4 @@
-"""Claim: the training loop costs no more than the usual one, and its data path far less.
+"""Claim: the training loop costs about what the usual one does, and its data path far less.
 
 One epoch of dense training: this library's loop with data and augmentation on the device, and the
 loop that most scripts hold: a DataLoader that augments sample by sample, the same network, loss and
