@@ -126,6 +126,10 @@ class SigmaBranchNet(nn.Module):
             log_prob=torch.cat([log_prob for *_, log_prob in parts])[order_B],
         )
 
+    def leaf_of(self, soft: SoftOutput) -> Tensor:
+        """(B,) int64: the leaf that :meth:`hard` reaches, read off a soft pass."""
+        return self.routes.hard(soft.branch_log_prob)
+
     def _descend(
         self, node: NodeId, feature: Any, rows: Tensor, log_prob: Tensor
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -187,6 +191,10 @@ class SigmaBranchNet(nn.Module):
         """The router of an inner node."""
         return self.routers[node_key(node)]  # type: ignore[return-value]
 
+    def has_router(self, node: NodeId) -> bool:
+        """Whether a node decides by itself; inner nodes do, unless one above decides for them."""
+        return node_key(node) in self.routers
+
     def specializer(self, node: NodeId) -> nn.Module:
         """The specializer of any node but the root."""
         return self.specializers[node_key(node)]
@@ -198,8 +206,9 @@ class SigmaBranchNet(nn.Module):
     def node_modules(self, node: NodeId) -> list[nn.Module]:
         """The modules charged to ``node``: trunk or specializer, and its router or head."""
         body = self.specializer(node) if node else self.trunk
-        tail = self.head(node) if node in self.tree.leaves else self.router(node)
-        return [body, tail]
+        if node in self.tree.leaves:
+            return [body, self.head(node)]
+        return [body, self.router(node)] if self.has_router(node) else [body]
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
@@ -232,7 +241,9 @@ class Path(nn.Module):
         super().__init__()
         inner = [leaf[:level] for level in range(len(leaf))]
         self.trunk = net.trunk
-        self.routers = nn.ModuleList(net.router(node) for node in inner)
+        self.routers = nn.ModuleDict(
+            {str(len(node)): net.router(node) for node in inner if net.has_router(node)}
+        )
         self.specializers = nn.ModuleList(
             net.specializer(leaf[: level + 1]) for level in range(len(leaf))
         )
@@ -242,8 +253,9 @@ class Path(nn.Module):
         """(logits (B, V), then log p (B, K) of each router on the path)."""
         feature = self.trunk(x)
         branches = []
-        for router, specializer in zip(self.routers, self.specializers, strict=True):
-            branches.append(router(feature))
+        for level, specializer in enumerate(self.specializers):
+            if str(level) in self.routers:
+                branches.append(self.routers[str(level)](feature))
             feature = specializer(feature)
         return (self.head(feature), *branches)
 

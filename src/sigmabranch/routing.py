@@ -43,6 +43,11 @@ class Router(nn.Module):
             lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, recurse
         )
 
+    @property
+    def linear(self) -> nn.Linear:
+        """W_g and b_g: pooled feature → latent, before its norm."""
+        return self.projection[1]  # type: ignore[return-value]
+
     def latent(self, feature: Any) -> Tensor:
         """z: (B, D) float32."""
         with torch.autocast(_device_type(feature), enabled=False):

@@ -38,6 +38,8 @@ SPECS = {
     "old norms": sb.ConversionSpec(norm_samples=0),
     "classes": sb.ConversionSpec(clusters="classes"),
     "random channels": sb.ConversionSpec(channels="random"),
+    "even channels": sb.ConversionSpec(channels="uniform"),
+    "principal axes": sb.ConversionSpec(projection="pca"),
     "centred and balanced": sb.ConversionSpec(centred=True, balanced=True),
 }
 

@@ -10,8 +10,7 @@ import torch
 
 from sigmabranch.backbones import ResNet
 from sigmabranch.errors import CheckpointError, ConfigError, ConversionError, DataError
-from sigmabranch.peers import CONTROLS, check_controls, controls, dense_of_size, run_control
-from sigmabranch.saving import load_net, save_dense
+from sigmabranch.saving import save_dense
 from sigmabranch.tasks import TASKS, Chain, Stopped, Task, count_task, find_task
 from sigmabranch.tree import TreeSpec
 
@@ -206,47 +205,6 @@ def test_a_chain_without_time_stops_with_a_checkpoint_and_goes_on(task, tmp_path
     assert "manifest.json" not in written(tmp_path / "dense")
     Chain(task, tmp_path).dense()
     assert "manifest.json" in written(tmp_path / "dense")
-
-
-# -- controls ------------------------------------------------------------------------------------
-
-
-def test_an_unknown_control_is_refused():
-    with pytest.raises(ConfigError, match=r"unknown control 'twin'.*single-path"):
-        check_controls(["single-path", "twin"], find_task("digits-resnet"))
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_a_narrow_dense_network_meets_its_size(name):
-    spec = TASKS[name].model
-    with torch.device("meta"):
-        whole = sum(p.numel() for p in spec.build().parameters())
-        narrow = dense_of_size(spec, whole // 3).build()
-    found = sum(p.numel() for p in narrow.parameters())
-    assert found == pytest.approx(whole / 3, rel=0.01)
-
-
-def test_a_size_out_of_reach_is_refused(task):
-    with pytest.raises(ConfigError, match="no narrower network"):
-        dense_of_size(task.model, 10**9)
-
-
-def test_the_chain_and_all_controls_run_and_are_read_back(task, tmp_path, monkeypatch):
-    # Widths of three or four leave no network within one percent.
-    monkeypatch.setattr(controls, "TOLERANCE", 0.1)
-    chain = Chain(task, tmp_path)
-    net = chain.branched()
-    assert load_net(tmp_path / "branched").record == net.record
-    found = {name: run_control(chain, name) for name in CONTROLS}
-    active = count_task(task)["net"]["active_params"]
-    routers = sum(p.numel() for n in ((), (0,)) for p in net.router(n).parameters())
-    assert found["single-path"]["params"] == active - routers
-    assert found["dense-equal"]["params"] == pytest.approx(active, rel=0.1)
-    assert found["dense-continued"]["params"] == count_task(task)["dense"]["params"]
-    for measured in found.values():
-        assert measured["epochs"] == 2
-        assert 0 <= measured["top1"] <= measured["top5"] <= 100
-    assert {name: run_control(Chain(task, tmp_path), name) for name in CONTROLS} == found
 
 
 # -- recipes that could only fail later ----------------------------------------------------------

@@ -16,6 +16,13 @@ from sigmabranch.backbones.pointnet2 import (
 )
 from sigmabranch.backbones.resnet import ResNet, ResNetSpec, build_resnet, resnet_backbone
 from sigmabranch.backbones.timm import build_timm
+from sigmabranch.backbones.vit import ViT, ViTSpec, build_vit, vit_backbone
+from sigmabranch.backbones.wide_resnet import (
+    WideResNet,
+    WideResNetSpec,
+    build_wide_resnet,
+    wide_resnet_backbone,
+)
 from sigmabranch.errors import CheckpointError, ConfigError
 
 __all__ = [
@@ -28,24 +35,32 @@ __all__ = [
     "PointNet2Spec",
     "ResNet",
     "ResNetSpec",
+    "ViT",
+    "ViTSpec",
+    "WideResNet",
+    "WideResNetSpec",
     "as_backbone",
     "build",
 ]
 
 #: The shape of a network that this library builds by itself.
-ModelSpec: TypeAlias = ResNetSpec | PointNet2Spec
+ModelSpec: TypeAlias = ResNetSpec | PointNet2Spec | WideResNetSpec | ViTSpec
 FAMILIES: Mapping[str, type[ModelSpec]] = {
-    spec.family: spec for spec in (ResNetSpec, PointNet2Spec)
+    spec.family: spec for spec in (ResNetSpec, PointNet2Spec, WideResNetSpec, ViTSpec)
 }
 
 _ADAPTERS: tuple[Callable[[nn.Module], Backbone | None], ...] = (
     resnet_backbone,
     pointnet2_backbone,
+    wide_resnet_backbone,
+    vit_backbone,
 )
 _BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "pointnet2": build_pointnet2,
     "resnet": build_resnet,
     "timm": build_timm,
+    "vit": build_vit,
+    "wide-resnet": build_wide_resnet,
 }
 
 

@@ -32,6 +32,38 @@ def create_timm(name: str, **kwargs: Any) -> nn.Module:
     return timm.create_model(name, **kwargs)
 
 
+def create_regnet(factor: float, *, classes: int, channels: int, small: bool) -> nn.Module:
+    """timm's RegNetY-200MF with all widths times ``factor``, untrained.
+
+    Args:
+        factor: of the width of the first stage and of their growth.
+        classes: length of the output.
+        channels: of the images.
+        small: keep the last stages at an eighth of the image's side, not a 32nd.
+
+    Raises:
+        MissingDependency: timm is not installed.
+        ConfigError: the rule that gives its widths does not make four stages of them.
+    """
+    load_timm()
+    from timm.models.regnet import RegNet, RegNetCfg  # noqa: PLC0415
+
+    step = 8  # of widths, in timm's generator
+    config = RegNetCfg(
+        w0=max(step, step * round(24 * factor / step)),
+        wa=36.44 * factor,
+        wm=2.49,
+        group_size=step,
+        depth=13,
+        se_ratio=0.25,
+    )
+    stride = 8 if small else 32
+    try:
+        return RegNet(config, in_chans=channels, num_classes=classes, output_stride=stride)
+    except AssertionError as error:
+        raise ConfigError(f"no RegNetY of four stages has {factor:.2f} times the widths") from error
+
+
 def timm_source(model: nn.Module) -> dict[str, Any] | None:
     """How to rebuild a timm model's skeleton, or None if its name alone does not say it all.
 

@@ -1,7 +1,8 @@
 """The ``sigmabranch`` command: its verbs, and how their failures end.
 
 Exit codes: 0 done, 2 bad input, 3 stopped early (on request, or because another process of the run
-was lost) with a checkpoint. Of several processes the first speaks for all.
+was lost) with a checkpoint, 4 some rows of a comparison failed. Of several processes the first
+speaks for all.
 """
 
 from __future__ import annotations
@@ -12,7 +13,18 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from sigmabranch.cli import convert, count, demo, evaluate, finetune, recipe, run, table, train
+from sigmabranch.cli import (
+    compare,
+    convert,
+    count,
+    demo,
+    evaluate,
+    finetune,
+    recipe,
+    run,
+    table,
+    train,
+)
 from sigmabranch.errors import SigmaBranchError
 from sigmabranch.tasks import Stopped
 from sigmabranch.training import launched_rank, naming_lost_processes
@@ -49,6 +61,7 @@ app.command("convert")(convert.command)
 app.command("finetune")(finetune.command)
 app.command("evaluate")(evaluate.command)
 app.command("count")(count.command)
+app.command("compare")(compare.command)
 app.command("recipe")(recipe.command)
 app.command("table")(table.command)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +12,8 @@ from sigmabranch import files
 from sigmabranch.cli import options
 from sigmabranch.cli.screen import print_result
 from sigmabranch.cli.source import read_source
+from sigmabranch.errors import ConfigError
+from sigmabranch.peers import find_system
 from sigmabranch.report import cost_table
 from sigmabranch.saving import load_net
 from sigmabranch.tasks import count_net, count_task, find_task
@@ -22,10 +25,20 @@ def command(
     ],
     out: options.OutFile = None,
     settings: options.Set = None,
+    peer: Annotated[
+        str | None,
+        typer.Option(
+            help="Count this system instead of Sigma-Branch: a name of compare's; --set then also "
+            "takes its settings, e.g. rate=0.3.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Count parameters, bytes and MACs, without data."""
-    if Path(what).is_dir():
+    if peer is not None:
+        cost = _count_peer(what, peer, settings or ())
+    elif Path(what).is_dir():
         task, _ = read_source(Path(what), "branched", settings)
         cost = count_net(load_net(what), task)
     else:
@@ -33,3 +46,22 @@ def command(
     if out is not None:
         files.write_json(out, cost)
     print_result(cost, cost_table(cost).to_text(), as_json)
+
+
+def _count_peer(what: str, peer: str, settings: Iterable[str]) -> dict[str, Any]:
+    """Count one system; a setting is its own if it has a field of that name, else the task's."""
+    system, general, own = find_system(peer), [], {}
+    fields = system.to_dict().keys() - {"name"}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if equals and key in fields:
+            own[key] = options.parsed(value)
+        else:
+            general.append(setting)
+    try:
+        task = find_task(what).with_settings(general)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}; {peer} has {', '.join(sorted(fields)) or 'no settings'}"
+        ) from error
+    return system.changed(own).count(task)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -73,3 +75,22 @@ Resume: TypeAlias = Annotated[
         "--resume/--no-resume", help="Continue what --out holds, or insist that it is new."
     ),
 ]
+
+
+class Deadline:
+    """One time limit for everything that a command does."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def minutes_left(self) -> float | None:
+        """At least 0; None without a limit."""
+        return None if self._end is None else max(0.0, (self._end - time.monotonic()) / 60)
+
+
+def parsed(text: str) -> Any:
+    """The value of a setting: JSON (``0.05``, ``true``, ``[1,2]``) or a plain word."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text.strip()

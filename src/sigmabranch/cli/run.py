@@ -10,7 +10,7 @@ import typer
 from sigmabranch import files
 from sigmabranch.cli import options
 from sigmabranch.cli.screen import Screen, print_result
-from sigmabranch.peers import CONTROLS, check_controls, run_control
+from sigmabranch.peers import CONTROLS, check_rows, find_control, run_control
 from sigmabranch.report import Run, write_report
 from sigmabranch.tasks import Chain, Task, find_task
 from sigmabranch.training import routing_alarms
@@ -41,7 +41,7 @@ def command(
 ) -> None:
     """Run all steps of a task; repeat it to continue."""
     chosen = find_task(task).with_settings(settings or ())
-    check_controls(control or (), chosen)
+    check_rows(map(find_control, control or ()), chosen)
     with Screen().live() as screen:
         chain = Chain(
             chosen,

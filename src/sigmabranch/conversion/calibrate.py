@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sigmabranch.conversion.shards import Shards
-from sigmabranch.errors import ConfigError, DataError, NumericError
+from sigmabranch.errors import ConfigError, ConversionError, DataError, NumericError
 
 
 def stream(
@@ -39,6 +39,48 @@ def stream(
         yield x.to(device), y.to(device)
     if empty and shards.world == 1:  # several notice when they meet
         raise DataError("the loader is empty: give at least one batch")
+
+
+class Moments:
+    """Mean and covariance of pooled features, summed batch by batch.
+
+    Args:
+        channels: C.
+        device: of what will be added.
+    """
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        self._size = torch.zeros((), dtype=torch.float64, device=device)
+        self._sum_C = torch.zeros(channels, dtype=torch.float64, device=device)
+        self._product_CC = torch.zeros(channels, channels, dtype=torch.float64, device=device)
+
+    def add(self, pooled_BC: Tensor) -> None:
+        """Count every row of ``pooled_BC``."""
+        rows_BC = pooled_BC.double()
+        self._size += len(rows_BC)
+        self._sum_C += rows_BC.sum(0)
+        self._product_CC += rows_BC.T @ rows_BC
+
+    def axes(self, shards: Shards, what: str) -> tuple[Tensor, Tensor]:
+        """(mean (C,), principal axes (C, C) in rows by falling variance), both float64.
+
+        The sign of an axis is such that its largest entry is positive.
+
+        Raises:
+            ConversionError: fewer than two samples.
+            NumericError: NaN or infinity in a feature.
+        """
+        size, sum_C = shards.sum(self._size), shards.sum(self._sum_C)
+        product_CC = shards.sum(self._product_CC)
+        if size < 2:
+            raise ConversionError(f"node {what} saw fewer than two samples: use more data")
+        if not bool(product_CC.isfinite().all()):
+            raise NumericError(f"the features at node {what} are not finite: check the network")
+        mean_C = sum_C / size
+        _, vector_CC = torch.linalg.eigh(product_CC / size - mean_C.outer(mean_C))
+        axis_CC = vector_CC.T.flip(0)
+        largest_C1 = axis_CC.gather(1, axis_CC.abs().argmax(1, keepdim=True))
+        return mean_C, axis_CC * largest_C1.sign()
 
 
 class ChannelSums:

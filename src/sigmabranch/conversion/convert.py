@@ -63,6 +63,8 @@ def convert(
     for depth in range(tree.depth):
         nodes = growth.nodes_at(depth)
         growth.add_routers(nodes)
+        if spec.projection == "pca":
+            growth.align(nodes)
         growth.cluster(nodes)
         growth.select(nodes)
         growth.add_children(nodes)

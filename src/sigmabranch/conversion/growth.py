@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sigmabranch.backbones import Backbone
 from sigmabranch.conversion.calibrate import (
     ChannelSums,
+    Moments,
     batch_norms,
     reestimate_norms,
     saw_data,
@@ -30,7 +31,12 @@ from sigmabranch.conversion.calibrate import (
 from sigmabranch.conversion.cluster import spherical_kmeans
 from sigmabranch.conversion.cut import Cutter
 from sigmabranch.conversion.record import ConversionRecord, ConversionSpec, NodeChannels, Split
-from sigmabranch.conversion.select import Selection, select_at_random, select_by_activation
+from sigmabranch.conversion.select import (
+    Selection,
+    select_at_random,
+    select_by_activation,
+    select_evenly,
+)
 from sigmabranch.conversion.shards import Loader, Shards
 from sigmabranch.coupling import SlicePlan, fingerprint, trace
 from sigmabranch.errors import ConversionError, DataError
@@ -102,6 +108,22 @@ class Growth:
             if node in self.record.splits:
                 self._set_gate(node)
 
+    def align(self, nodes: Sequence[NodeId]) -> None:
+        """Turn the nodes' random projections to the principal axes of what they read.
+
+        The mean goes into the bias. Beyond as many axes as there are channels, rows stay random.
+        """
+        moments = {node: Moments(self.routers[node].channels, self.device) for node in nodes}
+        for x, y in self.stream(f"principal axes of level {len(nodes[0])}", self.spec.samples):
+            for node, feature, _ in self._arrivals(x, y, len(nodes[0])):
+                moments[node].add(self.backbone.pool(feature))
+        for node in nodes:
+            mean_C, axis_CC = moments[node].axes(self.shards, node_key(node))
+            linear = self.routers[node].linear
+            kept = axis_CC[: len(linear.weight)].to(linear.weight)
+            linear.weight[: len(kept)] = kept
+            linear.bias[: len(kept)] = -kept @ mean_C.to(kept)
+
     def cluster(self, nodes: Sequence[NodeId]) -> None:
         """Collect the latents at the nodes and split each node's samples in two."""
         latents: dict[NodeId, list[Tensor]] = {node: [] for node in nodes}
@@ -121,6 +143,10 @@ class Growth:
             latent_ND = self.shards.gather(latents[node])
             label_N = self.shards.gather(labels[node])
             self.record.splits[node] = self._agreed(self._split(node, latent_ND, label_N))
+            if self.spec.projection == "pca":
+                linear = self.routers[node].linear
+                self.record.splits[node].projection_weight = linear.weight.tolist()
+                self.record.splits[node].projection_bias = linear.bias.tolist()
             self._set_gate(node)
 
     def _agreed(self, split: Split) -> Split:
@@ -169,6 +195,10 @@ class Growth:
 
     def _set_gate(self, node: NodeId) -> None:
         split, gate = self.record.splits[node], self.routers[node].gate
+        if split.projection_weight is not None:
+            linear = self.routers[node].linear
+            linear.weight.copy_(torch.tensor(split.projection_weight))
+            linear.bias.copy_(torch.tensor(split.projection_bias))
         gate.weight.copy_(torch.tensor(split.gate_weight))
         gate.bias.copy_(torch.tensor(split.gate_bias))
 
@@ -239,10 +269,12 @@ class Growth:
     ) -> list[Selection]:
         """Both branches' units of one level."""
         width = self.units_kept(level)
+        units = int(self.cutter.unit_of_channel(level).max()) + 1
         if self.spec.channels == "random":
             generator = torch.Generator().manual_seed(self._seed(node) + level)
-            units = int(self.cutter.unit_of_channel(level).max()) + 1
             return select_at_random(units, width, generator)
+        if self.spec.channels == "uniform":
+            return select_evenly(units, width)
         mean_KU = self.unit_means(level, means[node][self.levels.outputs()[level]])
         return select_by_activation(mean_KU, width, self.spec.shared_fraction)
 

@@ -25,8 +25,11 @@ class ConversionSpec:
         samples: at most this many calibration samples are read (N_max).
         clusters: ``"latents"`` (spherical k-means, the paper) or ``"classes"`` (balanced k-means
             on the class means of the latents; needs labels).
-        channels: ``"activation"`` (the paper) or ``"random"`` (its ablation).
+        channels: ``"activation"`` (the paper), ``"random"`` (its ablation), or ``"uniform"``
+            (evenly spaced, the same for both branches).
         shared_fraction: ρ, the part of a branch's channels that both branches share.
+        projection: ``"random"`` (the paper) or ``"pca"``, the principal axes of the features that a
+            router reads.
         centred: subtract the mean latent before clustering; the router's bias takes it up.
         balanced: force equally large clusters.
         restarts: seedings of k-means.
@@ -40,6 +43,7 @@ class ConversionSpec:
     clusters: str = "latents"
     channels: str = "activation"
     shared_fraction: float = 0.5
+    projection: str = "random"
     centred: bool = False
     balanced: bool = False
     restarts: int = 10
@@ -47,7 +51,8 @@ class ConversionSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (("clusters", _CLUSTERS), ("channels", _CHANNELS)):
+        choices = {"clusters": _CLUSTERS, "channels": _CHANNELS, "projection": _PROJECTIONS}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(
                     f"unknown conversion {name} {getattr(self, name)!r}: choose from {known}"
@@ -68,7 +73,8 @@ class ConversionSpec:
 
 
 _CLUSTERS = ("latents", "classes")
-_CHANNELS = ("activation", "random")
+_CHANNELS = ("activation", "random", "uniform")
+_PROJECTIONS = ("random", "pca")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,6 +87,8 @@ class Split:
         margin, objective: see :class:`~sigmabranch.conversion.cluster.Clusters`.
         centroid_cosine: cosine of the two centroids.
         class_branch: class → branch, where the clusters are made of classes.
+        projection_weight, projection_bias: the latent's D×C weights and D biases, where they are
+            not random.
         channel_mean: source stage → K×C mean pooled activations (the paper's Fig. 2).
     """
 
@@ -91,6 +99,8 @@ class Split:
     objective: float
     centroid_cosine: float
     class_branch: list[int] | None = None
+    projection_weight: list[list[float]] | None = None
+    projection_bias: list[float] | None = None
     channel_mean: dict[str, list[list[float]]] = field(default_factory=dict)
 
     @classmethod

@@ -62,6 +62,12 @@ def select_at_random(channels: int, width: int, generator: torch.Generator) -> l
     ]
 
 
+def select_evenly(channels: int, width: int) -> list[Selection]:
+    """The same ``width`` evenly spaced channels for both branches, whatever they do."""
+    chosen = tuple(number * channels // width for number in range(width))
+    return [Selection(shared=chosen, specific=())] * 2
+
+
 def top_units(score_C: Tensor, width: int) -> tuple[int, ...]:
     """Ascending positions of the ``width`` largest scores; ties go to the first."""
     return _ascending(_top(score_C, width))

@@ -1,6 +1,17 @@
 """What a network costs, how well it does, and what its routing is worth."""
 
-from sigmabranch.measure.accuracy import evaluate, evaluate_dense
-from sigmabranch.measure.cost import cost
+from sigmabranch.measure.accuracy import evaluate, evaluate_dense, evaluate_dynamic
+from sigmabranch.measure.cost import cost, module_costs
+from sigmabranch.measure.latency import latency
+from sigmabranch.measure.load import Dynamic, Load
 
-__all__ = ["cost", "evaluate", "evaluate_dense"]
+__all__ = [
+    "Dynamic",
+    "Load",
+    "cost",
+    "evaluate",
+    "evaluate_dense",
+    "evaluate_dynamic",
+    "latency",
+    "module_costs",
+]

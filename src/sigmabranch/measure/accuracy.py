@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sigmabranch.conversion import Shards
 from sigmabranch.coupling import evaluating
 from sigmabranch.errors import ConfigError, DataError, NumericError
+from sigmabranch.measure.load import Dynamic
 from sigmabranch.measure.routes import (
     agreement,
     balance,
@@ -72,7 +73,7 @@ def evaluate(
     with torch.no_grad(), evaluating(net):
         for x, y in _on_device(net, shards.own(batches)):
             soft = net.soft(x)
-            leaf_B = net.routes.hard(soft.branch_log_prob)
+            leaf_B = net.leaf_of(soft)
             logits_BLV = soft.logits.float()
             facts.add(logits_BLV, y, **_routed_facts(logits_BLV, soft.log_prob, leaf_B, y))
     samples, classes = facts.checked()
@@ -128,22 +129,69 @@ def evaluate_dense(
     with torch.no_grad(), evaluating(model):
         for x, y_B in _on_device(model, shards.own(batches)):
             logits_BV = model(x).float()
-            inside_B = y_B.clamp(
-                0, logits_BV.shape[1] - 1
-            )  # a GPU cannot raise here; checked below
-            facts.add(
-                logits_BV,
-                y_B,
-                top1=_among(logits_BV, y_B, 1),
-                top5=_among(logits_BV, y_B, 5),
-                loss=F.cross_entropy(logits_BV, inside_B, reduction="none"),
-            )
+            facts.add(logits_BV, y_B, **_plain_facts(logits_BV, y_B))
+    return _plain_figures(facts)
+
+
+def _plain_facts(logits_BV: Tensor, y_B: Tensor) -> dict[str, Tensor]:
+    inside_B = y_B.clamp(0, logits_BV.shape[1] - 1)  # a GPU cannot raise here; checked later
+    return {
+        "top1": _among(logits_BV, y_B, 1),
+        "top5": _among(logits_BV, y_B, 5),
+        "loss": F.cross_entropy(logits_BV, inside_B, reduction="none"),
+    }
+
+
+def _plain_figures(facts: _Facts) -> dict[str, Any]:
     samples, _ = facts.checked()
     return {
         "samples": samples,
         "top1": facts.percent("top1"),
         "top5": facts.percent("top5"),
         "loss": facts.mean("loss"),
+    }
+
+
+def evaluate_dynamic(
+    model: Dynamic, batches: Batches, *, shards: Shards = Shards()
+) -> dict[str, Any]:
+    """Measure a network whose active weights depend on the input, input by input.
+
+    Args:
+        model: a module with :meth:`~sigmabranch.measure.load.Dynamic.with_load`; its training mode
+            is restored.
+        batches: read once.
+        shards: as for :func:`evaluate`.
+
+    Returns:
+        As :func:`evaluate_dense`, and ``active_params`` and ``macs`` with their ``mean`` and
+        ``max`` over the samples, ``choice_usage`` (share of the samples that use each optional
+        part).
+
+    Raises:
+        DataError: no samples, or labels outside the network's classes.
+        NumericError: a NaN or infinite logit.
+    """
+    assert isinstance(model, nn.Module)
+    facts = _Facts(shards)
+    with torch.no_grad(), evaluating(model):
+        for x, y_B in _on_device(model, shards.own(batches)):
+            logits, load = model.with_load(x)
+            facts.add(
+                logits,
+                y_B,
+                **_plain_facts(logits.float(), y_B),
+                active_params=load.active_params,
+                macs=load.macs,
+                choices=load.choices,
+            )
+    return {
+        **_plain_figures(facts),
+        **{
+            name: {"mean": facts.mean(name), "max": int(facts[name].max())}
+            for name in ("active_params", "macs")
+        },
+        "choice_usage": facts["choices"].double().mean(dim=0).tolist(),
     }
 
 

@@ -7,18 +7,21 @@ its branches depend on the input, and a tracer would drop a router whose output 
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sigmabranch.coupling import evaluating
 from sigmabranch.errors import MissingDependency
+from sigmabranch.measure.load import Dynamic
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.tree import NodeId, node_key
 
@@ -35,32 +38,36 @@ CONVENTION = (
 
 
 def cost(model: nn.Module, example: Tensor, *, dense: nn.Module | None = None) -> dict[str, Any]:
-    """Count a branched network, a dense one, or the first against the second.
+    """Count a dense network, or one that runs less against the dense one that it comes from.
 
     Args:
-        model: a :class:`~sigmabranch.net.SigmaBranchNet`, or any dense network.
+        model: a dense network, or with ``dense`` a :class:`~sigmabranch.net.SigmaBranchNet`, a
+            :class:`~sigmabranch.measure.load.Dynamic` network or a smaller dense one.
         example: an input batch; only its first sample is used, and only its shape matters.
-        dense: what a branched ``model`` is compared with.
+        dense: what ``model`` is compared with.
 
     Returns:
         JSON-able. ``dense`` (if there is one): ``params``, ``macs``, ``macs_flop_counter``,
-        ``flops_doubled``, ``bytes``. For a branched network also ``net``: ``total_params``,
+        ``flops_doubled``, ``bytes``. For any other network also ``net``: ``total_params``,
         ``active_params``, ``macs``, ``macs_flop_counter``, ``flops_doubled``, ``soft_macs`` (every
         node once), ``bytes_total``, ``bytes_per_path``; ``paths``: the same per leaf; ``nodes``:
         one row per node, which add up to the total parameters and to ``soft_macs``, and along a
-        path to that path's; and, with ``dense``, ``reduction_percent``. ``convention`` says what
-        is counted.
+        path to that path's; and, with ``dense``, ``reduction_percent``. A network without a tree is
+        one node and one path; a dynamic one has two, ``least`` and ``most``, and counts as its
+        most. ``convention`` says what is counted.
 
     Raises:
         MissingDependency: fvcore is not installed.
     """
     result: dict[str, Any] = {}
-    if not isinstance(model, SigmaBranchNet):
-        dense = model
     if dense is not None:
         result["dense"] = _dense_cost(dense, example)
     if isinstance(model, SigmaBranchNet):
         result |= _net_cost(model, example)
+    elif dense is not None:
+        result |= _whole_cost(model, example)
+    else:
+        result["dense"] = _dense_cost(model, example)
     if "dense" in result and "net" in result:
         result["reduction_percent"] = {
             "active_params": _reduction(result["net"]["active_params"], result["dense"]["params"]),
@@ -130,6 +137,49 @@ def _net_cost(net: SigmaBranchNet, example: Tensor) -> dict[str, Any]:
     }
 
 
+def _whole_cost(model: nn.Module, example: Tensor) -> dict[str, Any]:
+    """A network without a tree, in the form of one with a single node."""
+    whole = _dense_cost(model, example)
+    total = whole["params"]
+    path = {"active_params": total, "macs": whole["macs"]}
+    paths = model.bounds() if isinstance(model, Dynamic) else {node_key(()): path}
+    worst = paths["most"] if isinstance(model, Dynamic) else path
+    return {
+        "net": {
+            "total_params": total,
+            **worst,
+            "macs_flop_counter": whole["macs_flop_counter"],
+            "flops_doubled": worst["macs"] + whole["macs_flop_counter"],
+            "soft_macs": whole["macs"],
+            "bytes_total": _bytes(total),
+            "bytes_per_path": _bytes(worst["active_params"]),
+        },
+        "paths": paths,
+        "nodes": [
+            {
+                "node": node_key(()),
+                "level": 0,
+                "width": None,
+                "params": total,
+                "macs": whole["macs"],
+            }
+        ],
+    }
+
+
+def module_costs(model: nn.Module, example: Tensor) -> dict[str, tuple[int, int]]:
+    """(parameters, MACs at batch 1) of every module of a network by its path, "" being the whole.
+
+    Raises:
+        MissingDependency: fvcore is not installed.
+    """
+    with _countable(model) as network:
+        macs, _ = _macs(network, example)
+    return {
+        path: (count_parameters([module]), macs[path]) for path, module in model.named_modules()
+    }
+
+
 def _macs(model: nn.Module, example: Tensor) -> tuple[Counter[str], int]:
     """(fvcore's count per module path, the whole under ``""``; torch's count of products)."""
     sample = torch.zeros_like(example[:1], device=next(model.parameters()).device)
@@ -141,11 +191,18 @@ def _macs(model: nn.Module, example: Tensor) -> tuple[Counter[str], int]:
             raise MissingDependency("fvcore", "measure", "Counting multiply-adds") from error
         analysis = FlopCountAnalysis(model, sample)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
         # Charged to the caller: several nodes may share one pooling module.
         macs = analysis.ancestor_mode("caller").by_module()
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(sample)
     return macs, counter.get_total_flops() // 2
+
+
+def _attention_macs(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    """Both matrix products of an attention: queries × keys, and their weights × values."""
+    query, key, value = (part.type().sizes() for part in inputs[:3])
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 @contextmanager
@@ -166,7 +223,7 @@ def _width(net: SigmaBranchNet, node: NodeId) -> int | None:
     if node in net.tree.leaves:
         widths = (net.record or {}).get("widths")
         return widths[-1] if widths else None
-    return net.router(node).channels
+    return net.router(node).channels if net.has_router(node) else None
 
 
 def _bytes(params: int) -> dict[str, int]:

@@ -1,5 +1,30 @@
-"""What a branched network must be compared with."""
+"""What a branched network must be compared with, on one bench and by one yardstick."""
 
-from sigmabranch.peers.controls import CONTROLS, check_controls, dense_of_size, run_control
+from sigmabranch.peers.catalog import (
+    CONTROLS,
+    GROUPS,
+    SYSTEMS,
+    find_control,
+    find_rows,
+    find_system,
+    groups_of,
+)
+from sigmabranch.peers.compare import Comparison, check_rows, run_control
+from sigmabranch.peers.sizing import dense_of_size
+from sigmabranch.peers.system import System, Trained
 
-__all__ = ["CONTROLS", "check_controls", "dense_of_size", "run_control"]
+__all__ = [
+    "CONTROLS",
+    "GROUPS",
+    "SYSTEMS",
+    "Comparison",
+    "System",
+    "Trained",
+    "check_rows",
+    "dense_of_size",
+    "find_control",
+    "find_rows",
+    "find_system",
+    "groups_of",
+    "run_control",
+]

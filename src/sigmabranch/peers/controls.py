@@ -1,141 +1,133 @@
-"""Controls: networks of the same cost or the same training, without routing.
-
-Every control shares the task's data, recipe and seed, and has as many epochs behind it as the
-branched network.
-"""
+"""Controls: networks of the same cost or the same training, without routing."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
-import torch
 from torch import nn
 
-from sigmabranch import files
 from sigmabranch.backbones import ModelSpec
 from sigmabranch.conversion import single_path
 from sigmabranch.errors import ConfigError
-from sigmabranch.measure import cost, evaluate_dense
-from sigmabranch.tasks import Chain, Task
-from sigmabranch.tasks.chain import ordered, seeded
+from sigmabranch.measure import cost
+from sigmabranch.peers.bench import Bench
+from sigmabranch.peers.sizing import active_params, dense_of_products, dense_of_size
+from sigmabranch.peers.system import System, Trained
+from sigmabranch.tasks import Task, count_task
 from sigmabranch.tasks.counting import example, sketch
-from sigmabranch.training import Recipe
-
-TOLERANCE = 0.01
 
 
-def run_control(chain: Chain, name: str) -> dict[str, Any]:
-    """Train and measure one control in the chain's folder, or read it back.
+@dataclass(frozen=True, kw_only=True)
+class DenseContinued(System):
+    """The full dense network, trained on with the fine-tuning recipe: the ceiling."""
 
-    Args:
-        chain: of the task; its dense and branched networks are made first where they are needed.
-        name: one of :data:`CONTROLS`.
+    name: ClassVar[str] = "dense-continued"
+    summary: ClassVar[str] = "the dense network, trained on"
 
-    Returns:
-        JSON-able: ``params``, ``macs`` (fvcore, batch 1), ``epochs``, and the accuracies of
-        :func:`~sigmabranch.measure.evaluate_dense`.
+    def sketch(self, task: Task) -> nn.Module:
+        """The dense network itself."""
+        return task.model.build()
 
-    Raises:
-        ConfigError: see :func:`check_controls`.
-        Stopped: the chain's time is up; the checkpoint holds the state.
+    def run(self, bench: Bench) -> Trained:
+        """Fine-tune the source network as it is."""
+        return Trained(network=bench.continued(), recipe=bench.recipe, epochs=bench.epochs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseEqual(System):
+    """A narrow dense network that costs what one path costs, from scratch in one schedule.
+
+    Attributes:
+        match: what is equal to within one percent: ``"params"`` or ``"macs"``.
+        distill_weight: share of its loss that imitates the source network.
     """
-    folder = chain.folder / "controls" / name
-    path = folder / "measured.json"
-    if not path.exists():
-        model, epochs = CONTROLS[name](chain, folder)
-        counted = cost(model.cpu(), example(chain.task))["dense"]
-        accuracy = evaluate_dense(model.to(chain.engine.device), ordered(chain.dataset.test))
-        measured = {"params": counted["params"], "macs": counted["macs"], "epochs": epochs}
-        chain.once(lambda: files.write_json(path, measured | accuracy))
-    return files.read_json(path)
 
+    name: ClassVar[str] = "dense-equal"
+    summary: ClassVar[str] = "a narrow dense network of equal active size"
 
-def check_controls(names: Iterable[str], task: Task) -> None:
-    """Raise :class:`ConfigError` at a control that is unknown or impossible for ``task``.
+    match: Literal["params", "macs"] = "params"
+    distill_weight: float = 0.0
 
-    To be called before any work is done.
-    """
-    for name in names:
-        if name not in CONTROLS:
-            raise ConfigError(f"unknown control {name!r}: choose from {', '.join(CONTROLS)}")
-        if name == "dense-equal":
-            _equal_spec(task)
+    def __post_init__(self) -> None:
+        if self.match not in ("params", "macs"):
+            raise ConfigError(f"dense-equal match is {self.match!r}: choose params or macs")
+        if not 0 <= self.distill_weight <= 1:
+            raise ConfigError(f"distill_weight must be in [0, 1], got {self.distill_weight}")
 
+    def check(self, task: Task) -> None:
+        """No width may come within one percent."""
+        self.spec(task)
 
-def _single_path(chain: Chain, folder: Path) -> tuple[nn.Module, int]:
-    """One path cut from the trained dense network, without routers, and fine-tuned alike."""
-    model = single_path(
-        chain.dense(), chain.calibration(), chain.task.tree, spec=chain.task.conversion
-    )
-    chain.train(model, chain.task.finetune, folder)
-    return model, _epochs(chain)
+    def spec(self, task: Task) -> ModelSpec:
+        """The narrow network's shape."""
+        if self.match == "params":
+            return dense_of_size(task.model, active_params(task))
+        return dense_of_products(task, count_task(task)["net"]["macs_flop_counter"])
 
+    def sketch(self, task: Task) -> nn.Module:
+        """The narrow network."""
+        return self.spec(task).build()
 
-def _dense_continued(chain: Chain, folder: Path) -> tuple[nn.Module, int]:
-    """The full dense network, trained on with the fine-tuning recipe."""
-    model = chain.dense()
-    chain.train(model, chain.task.finetune, folder)
-    return model, _epochs(chain)
-
-
-def _dense_equal(chain: Chain, folder: Path) -> tuple[nn.Module, int]:
-    """A narrow dense network of equal active size, trained from scratch in one schedule."""
-    with seeded(chain.seed):
-        model: nn.Module = _equal_spec(chain.task).build()
-    recipe: Recipe = replace(chain.task.dense, epochs=_epochs(chain))
-    chain.train(model, recipe, folder)
-    return model, recipe.epochs
-
-
-CONTROLS: Mapping[str, Callable[[Chain, Path], tuple[nn.Module, int]]] = {
-    "single-path": _single_path,
-    "dense-equal": _dense_equal,
-    "dense-continued": _dense_continued,
-}
-
-
-def _equal_spec(task: Task) -> ModelSpec:
-    """The narrow network whose size is that of one path of the task's tree."""
-    _, net = sketch(task)
-    active = max(
-        sum(parameter.numel() for parameter in net.path(leaf).parameters())
-        for leaf in net.tree.leaves
-    )
-    return dense_of_size(task.model, active)
-
-
-def dense_of_size(spec: ModelSpec, params: int) -> ModelSpec:
-    """The narrower network of the same depth whose size is nearest to ``params``.
-
-    All widths shrink by one factor, the widest a little more or less to hit the size.
-
-    Raises:
-        ConfigError: no width comes within one percent.
-    """
-    grid = range(1, 1001)
-    middle = bisect_left(grid, params, key=lambda step: _params(spec.narrowed(step / 1000, 0)))
-    candidates = [
-        spec.narrowed(step / 1000, nudge)
-        for step in grid[max(0, middle - 2) : middle + 2]
-        for nudge in (-1, 0, 1)
-    ]
-    best = min(candidates, key=lambda candidate: abs(_params(candidate) - params))
-    if abs(_params(best) - params) > TOLERANCE * params:
-        raise ConfigError(
-            f"no narrower network has {params:,} parameters within {TOLERANCE:.0%}: the nearest "
-            f"has {_params(best):,}"
+    def run(self, bench: Bench) -> Trained:
+        """Train it from scratch for as many epochs as the others have behind them."""
+        with bench.seeded():
+            network: nn.Module = self.spec(bench.task).build()
+        recipe = replace(bench.scratch_recipe, distill_weight=self.distill_weight)
+        bench.train(network, recipe=recipe)
+        taught = ", distilled from the source network" if self.distill_weight else ""
+        return Trained(
+            network=network,
+            recipe=recipe,
+            epochs=recipe.epochs,
+            mark=f"from scratch in one schedule{taught}",
         )
-    return best
 
 
-def _params(spec: ModelSpec) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in spec.build().parameters())
+@dataclass(frozen=True, kw_only=True)
+class SinglePath(System):
+    """One path cut from the source network, without routers, and fine-tuned alike.
 
+    Attributes:
+        match: what its fine-tuning has in common with the branched network's: ``"epochs"``, or
+            ``"training"`` compute, which buys more epochs because one path is trained and not all.
+    """
 
-def _epochs(chain: Chain) -> int:
-    return chain.task.dense.epochs + chain.task.finetune.epochs
+    name: ClassVar[str] = "single-path"
+    summary: ClassVar[str] = "one path of the tree's widths, no routing"
+
+    match: Literal["epochs", "training"] = "epochs"
+
+    def __post_init__(self) -> None:
+        if self.match not in ("epochs", "training"):
+            raise ConfigError(f"single-path match is {self.match!r}: choose epochs or training")
+
+    def check(self, task: Task) -> None:
+        """The tree must fit the network."""
+        sketch(task)
+
+    def sketch(self, task: Task) -> nn.Module:
+        """Trunk, specializers and head of one path of the tree."""
+        _, net = sketch(task)
+        leaf = net.tree.leaves[0]
+        nodes = [leaf[: level + 1] for level in range(len(leaf))]
+        return nn.Sequential(net.trunk, *map(net.specializer, nodes), net.head(leaf))
+
+    def run(self, bench: Bench) -> Trained:
+        """Cut, re-estimate batch norms, fine-tune."""
+        task = bench.task
+        network = single_path(bench.dense(), bench.calibration(), task.tree, spec=task.conversion)
+        recipe, mark = bench.recipe, ""
+        if self.match == "training":
+            epochs = round(recipe.epochs * self._training_ratio(task))
+            recipe = replace(recipe, epochs=epochs)
+            mark = f"{epochs} epochs of fine-tuning: as much compute as the branched network's"
+        bench.train(network, recipe=recipe)
+        return Trained(
+            network=network, recipe=recipe, epochs=task.dense.epochs + recipe.epochs, mark=mark
+        )
+
+    def _training_ratio(self, task: Task) -> float:
+        """Multiply-adds of a training step of the branched network over those of this one."""
+        branched = count_task(task)["net"]["soft_macs"]
+        return branched / cost(self.sketch(task), example(task))["dense"]["macs"]

@@ -13,8 +13,11 @@ for _package in ("matplotlib", "jinja2"):
     if find_spec(_package) is None:
         raise MissingDependency(_package, "report", "Drawing the report")
 
+from sigmabranch.report.comparison import comparison_table  # noqa: E402
+from sigmabranch.report.comparison_page import write_comparison  # noqa: E402
 from sigmabranch.report.main_table import main_rows, main_table  # noqa: E402
 from sigmabranch.report.page import Run, write_report  # noqa: E402
+from sigmabranch.report.published_table import ablation_table, published_table  # noqa: E402
 from sigmabranch.report.recipe_table import recipe_table  # noqa: E402
 from sigmabranch.report.tables import (  # noqa: E402
     Table,
@@ -27,12 +30,16 @@ from sigmabranch.report.tables import (  # noqa: E402
 __all__ = [
     "Run",
     "Table",
+    "ablation_table",
     "accuracy_table",
     "comparison",
+    "comparison_table",
     "cost_table",
     "main_rows",
     "main_table",
     "node_table",
+    "published_table",
     "recipe_table",
+    "write_comparison",
     "write_report",
 ]

@@ -86,7 +86,7 @@ def write_report(run: Run, folder: Path | str) -> Path:
     pictures = []
     for name, (caption, draw) in _pictures(run).items():
         _, svg = style.save_figure(draw(), folder / "figures" / name)
-        pictures.append((caption, _inline(svg.read_text(encoding="utf-8"), name, caption)))
+        pictures.append((caption, inline_svg(svg.read_text(encoding="utf-8"), name, caption)))
     page = folder / "report.html"
     for path, text in (
         (folder / "table.md", run.table.to_markdown()),
@@ -172,7 +172,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _inline(svg: str, prefix: str, label: str) -> str:
+def inline_svg(svg: str, prefix: str, label: str) -> str:
     """An SVG file as an element of a page: own ids, the page's colours, a text for the blind."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)

@@ -5,7 +5,10 @@ A :class:`Table` is plain text in cells; it can be printed, put into Markdown, o
 
 from __future__ import annotations
 
+import csv
+import io
 import math
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,6 +83,19 @@ class Table:
         lines += [r"\bottomrule", r"\end{tabular}"]
         return "\n\n".join(["\n".join(lines), *map(_latex, self.notes)]) + "\n"
 
+    def to_csv(self) -> str:
+        """Comma-separated, with the group as the first column; numbers as machines read them.
+
+        Notes are left out.
+        """
+        written = io.StringIO()
+        writer = csv.writer(written, lineterminator="\n")
+        writer.writerow(("group", self.header[0] or "row", *self.header[1:]))
+        for heading, rows in self.groups:
+            for name, *cells in rows:
+                writer.writerow((heading, name, *map(_machine_readable, cells)))
+        return written.getvalue()
+
     def to_html(self) -> str:
         """A ``<table>`` in a scrolling box, then its notes; everything is escaped."""
         head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in self.header)
@@ -138,7 +154,7 @@ def comparison(
             (heading, tuple(row(*specification) for specification in rows))
             for heading, rows in _COMPARED
         ),
-        notes=(_sampling_note(branched), *_ceiling_note(branched), cost["convention"]),
+        notes=(sampling_note(branched), *_ceiling_note(branched), cost["convention"]),
     )
 
 
@@ -309,7 +325,8 @@ def _signed(value: float, digits: int = 2) -> str:
     return text.lstrip("+" + _MINUS) if float(f"{value:.{digits}f}") == 0 else text
 
 
-def _sampling_note(evaluation: Mapping[str, Any]) -> str:
+def sampling_note(evaluation: Mapping[str, Any]) -> str:
+    """How much the choice of the test samples alone moves an accuracy."""
     share = evaluation["top1"] / 100
     error = 100 * math.sqrt(share * (1 - share) / evaluation["samples"])
     return (
@@ -331,6 +348,19 @@ def _ceiling_note(evaluation: Mapping[str, Any]) -> tuple[str, ...]:
         "The oracle takes whichever leaf happens to be right: it counts lucky guesses, and no "
         f"router can reach it. The best leaf of the true class is {chosen}.",
     )
+
+
+def minus(text: str) -> str:
+    """Numbers in a text with a minus sign for the hyphen."""
+    return text.replace("-", _MINUS)
+
+
+def _machine_readable(cell: str) -> str:
+    """A cell for a spreadsheet: plain digits, a hyphen for minus, nothing for nothing."""
+    if cell == NOTHING:
+        return ""
+    plain = cell.replace(_MINUS, "-")
+    return re.sub(r"(?<=\d),(?=\d{3})", "", plain)
 
 
 def _is_below(leaf: str, key: str) -> bool:

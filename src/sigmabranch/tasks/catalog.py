@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from sigmabranch.backbones import PointNet2Spec, ResNetSpec
+from sigmabranch.backbones import PointNet2Spec, ResNetSpec, ViTSpec, WideResNetSpec
 from sigmabranch.conversion import ConversionSpec
 from sigmabranch.errors import ConfigError
 from sigmabranch.tasks.task import DataSpec, Task
@@ -73,6 +73,40 @@ _CIFAR = Task(
     model=ResNetSpec(stem="cifar", classes=100),
     dense=Recipe(epochs=200, precision="bf16"),
     finetune=FinetuneRecipe(epochs=60, precision="bf16"),
+)
+
+_CIFAR_WIDE = Task(
+    name="cifar100-wrn28-10",
+    summary="CIFAR-100 and a Wide ResNet-28-10, 200 + 60 epochs (wants a GPU)",
+    data=DataSpec(name="cifar100"),
+    model=WideResNetSpec(),
+    dense=Recipe(epochs=200, batch_size=128, precision="bf16"),
+    finetune=FinetuneRecipe(epochs=60, batch_size=128, precision="bf16"),
+)
+
+_CIFAR_VIT = Task(
+    name="cifar100-vit",
+    summary="CIFAR-100 and a ViT of 1.2 M parameters, without trees yet: hours on two CPU cores",
+    data=DataSpec(name="cifar100"),
+    model=ViTSpec(),
+    dense=Recipe(
+        epochs=30,
+        batch_size=128,
+        optimizer="adam",
+        lr=1e-3,
+        weight_decay=1e-5,
+        warmup_epochs=2,
+        clip_norm=1.0,
+    ),
+    finetune=FinetuneRecipe(
+        epochs=10,
+        batch_size=128,
+        optimizer="adam",
+        lr=5e-4,
+        weight_decay=1e-5,
+        warmup_epochs=0.5,
+        clip_norm=1.0,
+    ),
 )
 
 _IMAGENET = Task(
@@ -144,7 +178,19 @@ _MODELNET = Task(
     finetune=FinetuneRecipe.from_dict(_POINT_RECIPE),
 )
 
-TASKS = {task.name: task for task in (_DIGITS, _SHAPES, _CIFAR_SMALL, _CIFAR, _IMAGENET, _MODELNET)}
+TASKS = {
+    task.name: task
+    for task in (
+        _DIGITS,
+        _SHAPES,
+        _CIFAR_SMALL,
+        _CIFAR,
+        _CIFAR_WIDE,
+        _CIFAR_VIT,
+        _IMAGENET,
+        _MODELNET,
+    )
+}
 
 
 def find_task(name: str) -> Task:

@@ -82,6 +82,7 @@ class Chain:
         resume: go on with what the folder holds; otherwise it must be new.
         start: folders of saved networks to begin with, by step: ``{"dense": …}`` skips training,
             ``{"converted": …}`` skips conversion too.
+        branching: refuse a tree that does not fit the network at once, before any training.
         watch: called with (step name, :class:`~sigmabranch.training.Event`) while training.
         calibrating: called with (what, samples done, samples in all) while converting; both in the
             main process only.
@@ -99,6 +100,7 @@ class Chain:
         max_minutes: float | None = None,
         resume: bool = True,
         start: Mapping[str, Path] | None = None,
+        branching: bool = True,
         watch: Callable[[str, Event], None] | None = None,
         calibrating: Callable[[str, int, int], None] | None = None,
     ) -> None:
@@ -113,7 +115,7 @@ class Chain:
             self._check_start(step, source)
         # What cannot work is refused before the first file is written.
         _check_recipes(task)
-        if not _complete(self.folder / "converted"):
+        if branching and not _complete(self.folder / "converted"):
             sketch(task)
         if not (self.folder / "measured.json").exists():
             _ = self.dataset
@@ -122,6 +124,28 @@ class Chain:
             raise ConfigError(f"{self.folder} is not the same folder on all hosts: share it")
         for step, source in start.items():
             self.once(partial(self._adopt, step, source))
+
+    def variant(self, task: Task, folder: Path) -> Chain:
+        """A chain of another tree, conversion or fine-tuning on this one's dense network and data.
+
+        Raises:
+            ConfigError, CheckpointError: as for :class:`Chain`.
+        """
+        self.dense()
+        other = Chain(
+            task,
+            folder,
+            data=self.data,
+            seed=self.seed,
+            device=self.engine.device.type,
+            accumulate=self.accumulate,
+            max_minutes=self._minutes_left(),
+            start={"dense": self.folder / "dense"},
+            watch=self.watch,
+            calibrating=self.calibrating,
+        )
+        other.dataset = self.dataset  # not read and kept twice
+        return other
 
     def _check_folder(self) -> None:
         """Refuse a folder that holds another task, other settings or another seed."""
@@ -204,13 +228,22 @@ class Chain:
             self.once(lambda: net.save(folder, self._origin()))
         return load_net(folder).to(self.engine.device)
 
-    def train(self, model: nn.Module, recipe: Recipe, folder: Path) -> None:
+    def train(
+        self, model: nn.Module, recipe: Recipe, folder: Path, objective: Objective | None = None
+    ) -> None:
         """Train a plain network in place, keeping its checkpoint in ``folder``.
 
-        With ``recipe.distill_weight`` its teacher is the chain's dense network.
+        Args:
+            model: (B, ...) → (B, V) logits in eval mode.
+            recipe: how.
+            folder: of this training alone.
+            objective: what to minimise; cross-entropy if None, and with ``recipe.distill_weight``
+                imitation of the chain's dense network.
         """
-        teacher = self.dense() if recipe.distill_weight else None
-        self._fit(model, DenseObjective(recipe, teacher), recipe, folder, evaluate_dense)
+        if objective is None:
+            teacher = self.dense() if recipe.distill_weight else None
+            objective = DenseObjective(recipe, teacher)
+        self._fit(model, objective, recipe, folder, evaluate_dense)
 
     def dense_accuracy(self) -> dict[str, Any]:
         """Accuracy of the dense network on the test split."""

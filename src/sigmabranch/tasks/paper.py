@@ -80,12 +80,14 @@ _STATED: Mapping[str, Any] = {
     # Spherical k-means of the latents as they are, and channels by mean activation.
     "conversion.clusters": "latents",
     "conversion.channels": "activation",
+    "conversion.projection": "random",
     "conversion.centred": False,
     "conversion.balanced": False,
     # Equations 5 to 8 have no further factor and no further term.
     "finetune.resp_prior": False,
     "finetune.class_target": False,
     "finetune.balance_weight": 0.0,
+    "finetune.share_first": 0.0,
     "finetune.node_grad_scale": False,
     "finetune.distill_weight": 0.0,
 }

@@ -37,6 +37,7 @@ class LossTerms(NamedTuple):
         balance: :func:`balance`, scalar; None when its weight is 0.
         distill: the distillation loss weighted by P, scalar; None without a teacher.
         responsibility: the target r of eq. 7, (B, L), no gradient.
+        weight: of each leaf's loss in eq. 5, (B, L): P, or on the way from equal to P.
     """
 
     total: Tensor
@@ -45,6 +46,7 @@ class LossTerms(NamedTuple):
     balance: Tensor | None
     distill: Tensor | None
     responsibility: Tensor
+    weight: Tensor
 
 
 def branched_loss(
@@ -80,9 +82,13 @@ def branched_loss(
     """
     logits_BLV, log_prob_BL = soft[0].float(), soft[1].float()
     prob_BL = log_prob_BL.exp()
+    weight_BL = prob_BL
+    if progress < recipe.share_first:
+        weight_BL = (prob_BL - 1 / prob_BL.shape[1]) * (progress / recipe.share_first)
+        weight_BL = weight_BL + 1 / prob_BL.shape[1]
     plain_BL, smoothed_BL = cross_entropies(logits_BLV, y, recipe.label_smoothing)
 
-    cls = expectation(prob_BL, smoothed_BL)
+    cls = expectation(weight_BL, smoothed_BL)
     if recipe.class_target:
         if class_leaf is None:
             raise ValueError("class_target needs class_leaf, the leaf shares of each class")
@@ -99,14 +105,14 @@ def branched_loss(
     distill = None
     if recipe.distill_weight and teacher_logits is not None:
         kl_BL = distillation(logits_BLV, teacher_logits.unsqueeze(1), recipe.distill_temperature)
-        distill = expectation(prob_BL, kl_BL)
+        distill = expectation(weight_BL, kl_BL)
         total = torch.lerp(cls, distill, recipe.distill_weight)
     total = total + recipe.resp_weight_at(progress) * resp
     even = None
     if recipe.balance_weight:
         even = balance(prob_BL, global_mean)
         total = total + recipe.balance_weight * even
-    return LossTerms(total, cls, resp, even, distill, target_BL)
+    return LossTerms(total, cls, resp, even, distill, target_BL, weight_BL)
 
 
 def cross_entropies(logits: Tensor, y: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:

@@ -144,7 +144,7 @@ class BranchedObjective:
                 "train_max_p": top_B.mean(),
                 "train_max_r": terms.responsibility.amax(1).mean(),
             }
-            leaf_prob_L = prob_BL.mean(0) if self.recipe.node_grad_scale else None
+            leaf_prob_L = terms.weight.mean(0) if self.recipe.node_grad_scale else None
         present = {name: value for name, value in metrics.items() if value is not None}
         return StepOutput(terms.total, present, leaf_prob_L)
 

@@ -110,6 +110,8 @@ class FinetuneRecipe(Recipe):
             posterior of a hierarchical mixture of experts and keeps sharp routing sharp.
         class_target: the responsibility is the leaf assigned to the true class, not eq. 6.
         balance_weight: weight of the divergence of the batch's mean leaf usage from uniform.
+        share_first: share of the training over which the leaves' weights in eq. 5 go from equal, so
+            that all leaves learn from all samples, to the path probabilities; 0 starts with these.
         node_grad_scale: divide each node's gradient by its expected path probability. Eq. 5
             weights a leaf's loss by about 1/L, so without this a leaf takes steps L times smaller
             than the same network would alone. Adam, which ignores scale, is hardly affected.
@@ -123,6 +125,7 @@ class FinetuneRecipe(Recipe):
     resp_prior: bool = False
     class_target: bool = False
     balance_weight: float = 0.0
+    share_first: float = 0.0
     node_grad_scale: bool = False
 
     def __post_init__(self) -> None:
@@ -132,6 +135,7 @@ class FinetuneRecipe(Recipe):
         self._require(
             "positive", math.ulp(0.0), math.inf, "resp_temperature", "resp_temperature_end"
         )
+        self._require("in [0, 1]", 0, 1, "share_first")
         if self.resp_prior and self.class_target:
             raise ConfigError(
                 "recipe resp_prior and class_target both define the responsibility: choose one"

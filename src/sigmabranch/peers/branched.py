@@ -1,0 +1,84 @@
+"""Sigma-Branch itself as a row of the comparison, and its ablations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from sigmabranch.errors import ConfigError
+from sigmabranch.peers.bench import Bench
+from sigmabranch.peers.system import System, Trained
+from sigmabranch.tasks import Task
+from sigmabranch.tasks.counting import sketch
+
+# What a row may change without leaving the table's recipe: the method, not the training.
+_OWN = ("tree", "conversion")
+_METHOD = (
+    "resp_weight", "resp_weight_end", "resp_temperature", "resp_temperature_end", "resp_prior",
+    "class_target", "balance_weight", "node_grad_scale", "share_first",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigmaBranch(System):
+    """The branched network of the task, with some settings changed.
+
+    Attributes:
+        settings: as ``--set`` takes them, of the sections tree, conversion and finetune.
+    """
+
+    name: ClassVar[str] = "sigma-branch"
+    summary: ClassVar[str] = "this library's branched network"
+
+    settings: tuple[str, ...] = ()
+
+    def task(self, task: Task) -> Task:
+        """``task`` with this row's settings.
+
+        Raises:
+            ConfigError: a setting that does not exist, or of the data or the dense network.
+        """
+        changed = task.with_settings(self.settings)
+        if (changed.data, changed.model, changed.dense) != (task.data, task.model, task.dense):
+            raise ConfigError(
+                "sigma-branch settings may change tree, conversion and finetune only: all rows "
+                f"share data and source network, got {', '.join(self.settings)}"
+            )
+        return changed
+
+    def check(self, task: Task) -> None:
+        """The tree must fit the network."""
+        sketch(self.task(task))
+
+    def sketch(self, task: Task) -> nn.Module:
+        """A branched network of the right shapes."""
+        return sketch(self.task(task))[1]
+
+    def run(self, bench: Bench) -> Trained:
+        """Convert the source network and fine-tune it."""
+        task = self.task(bench.task)
+        chain = bench.chain if task == bench.task else bench.chain.variant(task, bench.folder)
+        network = chain.branched()
+        return Trained(
+            network=network,
+            recipe=task.finetune,
+            epochs=task.dense.epochs + task.finetune.epochs,
+            mark=self._mark(bench.task, task),
+            notes={"converted": chain.accuracy(chain.converted())["top1"]},
+        )
+
+    def _mark(self, table: Task, own: Task) -> str:
+        """Settings of the training that no other row has."""
+        before, after = table.finetune.to_dict(), own.finetune.to_dict()
+        changed = {
+            name: value
+            for name, value in after.items()
+            if value != before[name] and name not in _METHOD
+        }
+        return _written(changed)
+
+
+def _written(changed: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in changed.items())

@@ -1,0 +1,240 @@
+"""HRank: remove the filters whose maps have low rank (Lin et al., CVPR 2020, 2002.10179).
+
+Shapes: B batch, C filters, H, W a map's sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sigmabranch.coupling import CouplingMap, evaluating
+from sigmabranch.errors import ConfigError
+from sigmabranch.peers.bench import Bench
+from sigmabranch.peers.masking import MaskedNet, MaskingObjective
+from sigmabranch.peers.pruning import (
+    FilterGroup,
+    FilterPruning,
+    Layout,
+    convolutions,
+    coupled_groups,
+    is_shortcut,
+    positions_of_best,
+    stage_of,
+)
+from sigmabranch.peers.system import Trained, share
+from sigmabranch.tasks import Task
+
+Mode = Literal["progressive", "oneshot"]
+Convention = Literal["physical", "literal"]
+
+#: Rates of the stem and of each stage, by the parameter reduction they are known under.
+PUBLISHED: Mapping[int, tuple[float, ...]] = {62: (0.2, 0.8, 0.8, 0.55, 0.45)}
+# Samples that go through the network at once while ranks are taken.
+_PASS = 32
+# cuSOLVER decomposes a batch at once up to this side, larger matrices one by one.
+_BATCHED_SIDE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class HRank(FilterPruning):
+    """Pruning by the mean rank of post-ReLU maps, at rates set by hand.
+
+    Attributes:
+        rates: published setting of layer rates; 62 is the only one whose rates are known.
+        rate: one rate for all layers instead.
+        mode: ``"oneshot"`` removes all at once and fine-tunes, as the authors' later HRankPlus
+            does; ``"progressive"`` masks block after block in equal parts of the same training.
+        convention: ``"physical"`` prunes all that writes to one residual stream jointly;
+            ``"literal"`` is the published count, in which a convolution's outputs shrink, but
+            neither its batch norm nor the next layer's inputs. It can be counted, not run.
+        samples: calibration images over which ranks are averaged.
+    """
+
+    name: ClassVar[str] = "hrank"
+    summary: ClassVar[str] = "static: filters whose feature maps have low rank removed"
+
+    rates: int = 62
+    rate: float | None = None
+    mode: Mode = "oneshot"
+    convention: Convention = "physical"
+    samples: int = 500
+
+    def __post_init__(self) -> None:
+        if self.rate is not None:
+            share("hrank rate", self.rate)
+        elif self.rates not in PUBLISHED:
+            raise ConfigError(
+                f"hrank layer rates of the setting {self.rates} are not published (of 44 and 76 "
+                f"only results are): choose rates={', '.join(map(str, PUBLISHED))} or set rate"
+            )
+        if self.mode not in get_args(Mode):
+            raise ConfigError(
+                f"hrank mode is {self.mode!r}, choose one of {', '.join(get_args(Mode))}"
+            )
+        if self.convention not in get_args(Convention):
+            raise ConfigError(
+                f"hrank convention is {self.convention!r}, choose one of "
+                f"{', '.join(get_args(Convention))}"
+            )
+        if self.samples < 1:
+            raise ConfigError(f"hrank samples must be at least 1, got {self.samples}")
+
+    def groups(self, model: nn.Module, coupling: CouplingMap) -> list[FilterGroup]:
+        """What is removed together under the convention."""
+        if self.convention == "literal":
+            return [FilterGroup(convs=(conv,), scattered="conv") for conv in convolutions(model)]
+        return coupled_groups(model, coupling)
+
+    def remaining(self, group: FilterGroup, size: int) -> int:
+        """How many of ``size`` filters stay, rounded down as the authors do."""
+        # A stream that the stem writes to is the first stage's.
+        return int(size * (1 - self._rate(stage_of(group.convs[-1]))))
+
+    def check(self, task: Task) -> None:
+        """Refuse networks that the published rates do not fit, and what every pruning refuses."""
+        stages = stage_of(convolutions(self.layout(task).model)[-1])
+        known = len(PUBLISHED.get(self.rates, ())) - 1
+        if self.rate is None and stages != known:
+            raise ConfigError(
+                f"the published rates of hrank are for {known} stages, and the network of "
+                f"{task.name} has {stages}: set rate"
+            )
+        super().check(task)
+
+    def details(self, network: nn.Module, task: Task) -> dict[str, Any]:
+        """Counts of filters, and what the literal convention counts."""
+        counted = super().details(network, task)
+        if self.convention == "literal":
+            counted["literal"] = (
+                "a layer's inputs and batch norm are counted as if the layers before were whole: "
+                "no network that one would run"
+            )
+        return counted
+
+    def run(self, bench: Bench) -> Trained:
+        """Take ranks on the source network, remove at once or bit by bit, train."""
+        if self.convention == "literal":
+            raise ConfigError(
+                "hrank convention literal is a way of counting, not a network: run with "
+                "convention=physical"
+            )
+        self.check(bench.task)
+        layout, dense = self.layout(bench.task), bench.dense()
+        batches = bench.calibration().part(0, 1, self.samples)
+        kept = self.chosen(dense, layout, (x for x, _ in batches))
+        if self.mode == "oneshot":
+            network = layout.cut(dense, kept)
+            bench.train(network)
+        else:
+            network = self._masked_bit_by_bit(bench, dense, layout, kept)
+        return Trained(
+            network=network.eval(),
+            recipe=bench.recipe,
+            epochs=bench.epochs,
+            notes={"filters_kept": {name: len(positions) for name, positions in kept.items()}},
+        )
+
+    def chosen(
+        self, network: nn.Module, layout: Layout, inputs: Iterable[Tensor]
+    ) -> dict[str, Tensor]:
+        """Group name → positions of the filters that stay, by rank, nuclear norm, position."""
+        counts = self.counts(layout)
+        maps = {conv: _map_of(network, conv) for group in layout.groups for conv in group.convs}
+        scores = map_scores(network, inputs, sorted(set(maps.values())))
+        result = {}
+        for group in layout.groups:
+            # A block's last convolution and its shortcut share one map; it counts once.
+            paths = dict.fromkeys(maps[conv] for conv in group.convs)
+            rank_C, nuclear_C = torch.stack([scores[path] for path in paths]).mean(0)
+            order_C = nuclear_C.argsort(stable=True)
+            order_C = order_C[rank_C[order_C].argsort(stable=True)]
+            result[group.name] = positions_of_best(order_C, counts[group.name])
+        return result
+
+    def _masked_bit_by_bit(
+        self, bench: Bench, dense: nn.Module, layout: Layout, kept: Mapping[str, Tensor]
+    ) -> nn.Module:
+        """Mask the stem, then block after block; a stream's filters go with its first block."""
+        turn = {group.name: group.name.rpartition(".")[0] for group in layout.groups}
+        owners = list(dict.fromkeys(conv.rpartition(".")[0] for conv in _unbranched(dense)))
+        net = MaskedNet(dense, layout.groups)
+        objective = MaskingObjective(
+            net,
+            bench.recipe,
+            periods=len(owners),
+            choose=lambda period: {
+                name: kept[name] for name in kept if owners.index(turn[name]) <= period
+            },
+            teacher=bench.dense() if bench.recipe.distill_weight else None,
+        )
+        bench.train(net, objective)
+        # A training of fewer steps than blocks ends before the last one's turn.
+        found = net.kept()
+        net.mask({name: kept[name] for name in kept if len(kept[name]) < len(found[name])})
+        return layout.cut(net.network, net.kept())
+
+    def _rate(self, stage: int) -> float:
+        return PUBLISHED[self.rates][stage] if self.rate is None else self.rate
+
+
+def map_scores(
+    network: nn.Module, inputs: Iterable[Tensor], paths: Iterable[str]
+) -> dict[str, Tensor]:
+    """Mean rank and mean nuclear norm of the maps that modules put out.
+
+    Args:
+        network: put into eval mode for the while.
+        inputs: batches (B, ...) on the network's device.
+        paths: of modules that return (B, C, H, W).
+
+    Returns:
+        By path: (2, C) float64 on the CPU, ranks first.
+    """
+    sums: dict[str, Tensor | float] = dict.fromkeys(paths, 0.0)
+
+    def add(path: str, module: nn.Module, args: Any, map_BCHW: Tensor) -> None:
+        sums[path] = sums[path] + torch.stack(_rank_and_norm(map_BCHW)).sum(1)
+
+    samples = 0
+    with ExitStack() as stack:
+        for context in (evaluating(network), torch.no_grad()):
+            stack.enter_context(context)
+        for path in sums:
+            hook = network.get_submodule(path).register_forward_hook(partial(add, path))
+            stack.callback(hook.remove)
+        for batch in inputs:
+            for x in batch.split(_PASS):
+                network(x)
+                samples += len(x)
+    return {path: torch.as_tensor(total) / samples for path, total in sums.items()}
+
+
+def _rank_and_norm(map_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Rank, as ``torch.linalg.matrix_rank`` has it, and nuclear norm of each map: (B, C) fp64."""
+    sides = map_BCHW.shape[-2:]
+    if max(sides) > _BATCHED_SIDE:
+        map_BCHW = map_BCHW.cpu()
+    values = torch.linalg.svdvals(map_BCHW.float())
+    largest = values.amax(-1, keepdim=True)
+    rank_BC = (values > largest * max(sides) * torch.finfo(values.dtype).eps).sum(-1)
+    return rank_BC.double().cpu(), values.double().sum(-1).cpu()
+
+
+def _unbranched(network: nn.Module) -> list[str]:
+    return [conv for conv in convolutions(network) if not is_shortcut(conv)]
+
+
+def _map_of(network: nn.Module, conv: str) -> str:
+    """Path of the ReLU whose output shows a filter; behind the addition for a block's last."""
+    if is_shortcut(conv):
+        block = conv.removesuffix(".downsample.0")
+        conv = [other for other in _unbranched(network) if other.startswith(f"{block}.")][-1]
+    owner, dot, leaf = conv.rpartition(".")
+    return owner + dot + leaf.replace("conv", "act")

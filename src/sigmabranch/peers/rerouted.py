@@ -1,0 +1,236 @@
+"""What the routers are worth: the branched network with its inputs sent elsewhere.
+
+Shapes: B batch, C channels, D latent length, L leaves, N samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sigmabranch.errors import ConfigError
+from sigmabranch.net import SigmaBranchNet, SoftOutput, take
+from sigmabranch.peers.bench import Bench
+from sigmabranch.peers.system import System, Trained
+from sigmabranch.routing import Router
+from sigmabranch.tasks import Task
+from sigmabranch.tasks.counting import sketch
+from sigmabranch.training import BranchedObjective
+from sigmabranch.tree import NodeId, node_key
+
+# Features are compared in steps so coarse that rounding hardly ever moves one across an edge.
+_STEPS = 16.0
+# log p of the branch not taken: its probability underflows, its product with 0 does not.
+_NEVER = -1e4
+
+_RULES = {
+    "random": "each input to a leaf drawn at random: the mean of all leaves",
+    "shuffled": "the routes, dealt out anew among the inputs",
+    "class": "the leaf that suits the input's class best on training data",
+    "oracle": "any leaf that happens to be right",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rerouted(System):
+    """The trained leaves under another rule; nothing is trained anew.
+
+    Attributes:
+        rule: ``"random"``, ``"shuffled"``, ``"class"``, ``"oracle"``, or a leaf's number.
+    """
+
+    name: ClassVar[str] = "rerouted"
+    summary: ClassVar[str] = "the trained leaves under another routing rule"
+
+    rule: str = "random"
+
+    def __post_init__(self) -> None:
+        if self.rule not in _RULES and not self.rule.isdecimal():
+            raise ConfigError(
+                f"unknown routing rule {self.rule!r}: choose {', '.join(_RULES)} or a leaf's number"
+            )
+
+    def check(self, task: Task) -> None:
+        """The tree must fit the network and have that leaf."""
+        if self.rule.isdecimal() and int(self.rule) >= len(task.tree.leaves):
+            last = len(task.tree.leaves) - 1
+            raise ConfigError(f"there is no leaf {self.rule}: choose from 0 to {last}")
+        sketch(task)
+
+    def sketch(self, task: Task) -> nn.Module:
+        """The branched network."""
+        return sketch(task)[1]
+
+    def run(self, bench: Bench) -> Trained:
+        """Read the figure off the branched network's evaluation."""
+        figures = bench.chain.measured()["branched"]
+        top1 = {
+            "random": figures["mean_leaf"],
+            "shuffled": figures["shuffled_routes"],
+            "class": figures["leaf_by_class"],
+            "oracle": figures["oracle_leaf"],
+        }.get(self.rule)
+        if top1 is None:
+            top1 = figures["always_leaf"][int(self.rule)]
+        return Trained(
+            network=bench.chain.branched(),
+            recipe=bench.recipe,
+            epochs=bench.epochs,
+            accuracy={"samples": figures["samples"], "top1": top1},
+            notes={"rule": _RULES.get(self.rule, f"always leaf {self.rule}")},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashRouting(System):
+    """The same tree with routers that know nothing: a fixed hash of the feature picks the branch.
+
+    Trained as the branched network is, with hard routes; there is no router to train.
+    """
+
+    name: ClassVar[str] = "hash-routing"
+    summary: ClassVar[str] = "the same tree, routed by a hash of the input"
+
+    def check(self, task: Task) -> None:
+        """The tree must fit the network."""
+        sketch(task)
+
+    def sketch(self, task: Task) -> nn.Module:
+        """The branched network with hashes for routers."""
+        return _with_hashes(sketch(task)[1], 0)
+
+    def run(self, bench: Bench) -> Trained:
+        """Convert as usual, replace the routers, fine-tune."""
+        network = _with_hashes(bench.chain.converted(), bench.seed)
+        recipe = replace(bench.recipe, resp_weight=0.0, balance_weight=0.0)
+        bench.train(network.to(bench.device), BranchedObjective(recipe), recipe=recipe)
+        mark = "" if recipe == bench.recipe else "no router to train"
+        return Trained(network=network, recipe=recipe, epochs=bench.epochs, mark=mark)
+
+
+class HashRouter(nn.Module):
+    """Stands in for a :class:`~sigmabranch.routing.Router`; has no parameters."""
+
+    odd_C: Tensor
+
+    def __init__(self, channels: int, pool: nn.Module, seed: int) -> None:
+        super().__init__()
+        self.channels, self.pool = channels, pool
+        generator = torch.Generator().manual_seed(seed)
+        odd_C = 2 * torch.randint(1 << 30, (channels,), generator=generator) + 1
+        self.register_buffer("odd_C", odd_C)
+
+    def forward(self, feature: Any) -> Tensor:
+        """log p: (B, 2) float32, one of them 0."""
+        steps_BC = (self.pool(feature).detach().float() * _STEPS).round().long()
+        branch_B = ((steps_BC * self.odd_C).sum(1) >> 17) & 1
+        return (1.0 - F.one_hot(branch_B, 2).float()) * _NEVER
+
+
+def _with_hashes(net: SigmaBranchNet, seed: int) -> SigmaBranchNet:
+    for number, node in enumerate(net.tree.inner):
+        router = net.router(node)
+        hashed = HashRouter(router.channels, router.projection[0], 1000 * seed + number)
+        net.routers[node_key(node)] = hashed
+    return net
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatRouting(System):
+    """The same leaves, chosen by one router on the trunk's feature instead of level by level."""
+
+    name: ClassVar[str] = "flat-routing"
+    summary: ClassVar[str] = "the same leaves behind one flat router"
+
+    def check(self, task: Task) -> None:
+        """The tree must fit the network."""
+        sketch(task)
+
+    def sketch(self, task: Task) -> nn.Module:
+        """The branched network with a router at the trunk alone."""
+        return FlatNet(sketch(task)[1])
+
+    def run(self, bench: Bench) -> Trained:
+        """Convert as usual, aim the flat router at the leaves' centroids, fine-tune."""
+        tree = bench.chain.converted()
+        with bench.seeded():
+            network = FlatNet(tree).to(bench.device)
+        network.aim(tree, bench)
+        bench.train(network, BranchedObjective(bench.recipe))
+        return Trained(network=network, recipe=bench.recipe, epochs=bench.epochs)
+
+
+class FlatNet(SigmaBranchNet):
+    """A branched network that decides once, on the trunk's feature.
+
+    Args:
+        net: shares its trunk, specializers and heads.
+    """
+
+    def __init__(self, net: SigmaBranchNet) -> None:
+        root, tree = net.router(()), net.tree
+        router = Router(root.channels, root.projection[0], tree)
+        router.gate = nn.Linear(tree.projection_dim, len(tree.leaves))
+        super().__init__(
+            tree=tree,
+            trunk=net.trunk,
+            specializers={node: net.specializer(node) for node in tree.specializers},
+            routers={(): router},
+            heads={leaf: net.head(leaf) for leaf in tree.leaves},
+            plans=net.plans,
+            source=net.source,
+            record=net.record,
+        )
+
+    @torch.no_grad()
+    def aim(self, net: SigmaBranchNet, bench: Bench) -> None:
+        """Set the gate to the mean direction of the latents that ``net`` sends to each leaf."""
+        router = self.router(()).eval()
+        sum_LD = router.gate.weight.new_zeros(router.gate.weight.shape)
+        for x, _ in bench.calibration().part(0, 1, bench.task.conversion.samples):
+            leaf_B = net.hard(x.to(bench.device)).leaf
+            latent_BD = router.latent(self.trunk(x.to(bench.device)))
+            sum_LD.index_add_(0, leaf_B, F.normalize(latent_BD, dim=1))
+        router.gate.weight.copy_(F.normalize(sum_LD, dim=1))
+        router.gate.bias.zero_()
+
+    def soft(self, x: Tensor) -> SoftOutput:
+        """Run every node once; see :meth:`SigmaBranchNet.soft`."""
+        features: dict[NodeId, Any] = {(): self.trunk(x)}
+        for node in self.tree.specializers:
+            features[node] = self.specializer(node)(features[node[:-1]])
+        log_prob_BL = self.router(())(features[()])
+        leaves = self.tree.leaves
+        below = self.node_log_prob(log_prob_BL)
+        branches = [
+            torch.stack([below[node_key((*node, k))] for k in (0, 1)], dim=1)
+            - below[node_key(node)][:, None]
+            for node in self.tree.inner
+        ]
+        return SoftOutput(
+            logits=torch.stack([self.head(leaf)(features[leaf]) for leaf in leaves], dim=1),
+            log_prob=log_prob_BL,
+            branch_log_prob=torch.stack(branches, dim=1),
+        )
+
+    def leaf_of(self, soft: SoftOutput) -> Tensor:
+        """The likeliest leaf."""
+        return soft.log_prob.argmax(dim=1)
+
+    def _descend(self, node: NodeId, feature: Any, rows: Tensor, log_prob: Tensor) -> Any:
+        best_B, leaf_B = self.router(node)(feature).max(dim=1)
+        for number, leaf in enumerate(self.tree.leaves):
+            chosen = (leaf_B == number).nonzero().flatten()
+            if len(chosen):
+                part = take(feature, chosen)
+                for level in range(len(leaf)):
+                    part = self.specializer(leaf[: level + 1])(part)
+                yield rows[chosen], self.head(leaf)(part), leaf_B[chosen], best_B[chosen]
+
+    def no_weight_decay(self) -> set[str]:
+        """See :meth:`SigmaBranchNet.no_weight_decay`."""
+        return {"routers.root.gate.weight"}

@@ -1,0 +1,83 @@
+"""How wide a dense network must be to cost as much as one path of a tree."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sigmabranch.backbones import ModelSpec
+from sigmabranch.errors import ConfigError
+from sigmabranch.tasks import Task
+from sigmabranch.tasks.counting import example, sketch
+
+TOLERANCE = 0.01
+
+
+@cache
+def active_params(task: Task) -> int:
+    """Parameters of the largest path of the task's tree, without counting its operations."""
+    _, net = sketch(task)
+    return max(parameters_of(net.path(leaf)) for leaf in net.tree.leaves)
+
+
+@cache
+def dense_of_size(spec: ModelSpec, params: int) -> ModelSpec:
+    """The narrower network of the same depth whose size is nearest to ``params``.
+
+    All widths shrink by one factor, the widest a little more or less to hit the size.
+
+    Raises:
+        ConfigError: no width comes within one percent.
+    """
+    return _narrowed(spec, params, "parameters", lambda candidate: parameters_of(_shape(candidate)))
+
+
+@cache
+def dense_of_products(task: Task, products: int) -> ModelSpec:
+    """The narrower network whose convolutions and matrix products are nearest to ``products`` MACs.
+
+    Raises:
+        ConfigError: no width comes within one percent.
+    """
+    blank = example(task).to("meta")
+
+    def count(candidate: ModelSpec) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            _shape(candidate).eval()(blank)
+        return counter.get_total_flops() // 2
+
+    return _narrowed(task.model, products, "MACs", count)
+
+
+def parameters_of(module: nn.Module) -> int:
+    """Elements of all its parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _narrowed(
+    spec: ModelSpec, goal: int, what: str, measure: Callable[[ModelSpec], int]
+) -> ModelSpec:
+    grid = range(1, 1001)
+    middle = bisect_left(grid, goal, key=lambda step: measure(spec.narrowed(step / 1000, 0)))
+    candidates = [
+        spec.narrowed(step / 1000, nudge)
+        for step in grid[max(0, middle - 2) : middle + 2]
+        for nudge in (-1, 0, 1)
+    ]
+    best = min(candidates, key=lambda candidate: abs(measure(candidate) - goal))
+    if abs(measure(best) - goal) > TOLERANCE * goal:
+        raise ConfigError(
+            f"no narrower network has {goal:,} {what} within {TOLERANCE:.0%}: the nearest "
+            f"has {measure(best):,}"
+        )
+    return best
+
+
+def _shape(spec: ModelSpec) -> nn.Module:
+    with torch.device("meta"):
+        return spec.build()

@@ -1,0 +1,317 @@
+"""Controls: what they cost, what they share with the branched network, and their bench."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import sigmabranch as sb
+from sigmabranch import files
+from sigmabranch.errors import CheckpointError, ConfigError
+from sigmabranch.measure import cost, evaluate
+from sigmabranch.net import SigmaBranchNet
+from sigmabranch.peers import (
+    CONTROLS,
+    GROUPS,
+    SYSTEMS,
+    Comparison,
+    System,
+    Trained,
+    compare,
+    dense_of_size,
+    find_rows,
+    find_system,
+    run_control,
+    sizing,
+)
+from sigmabranch.peers.bench import Bench
+from sigmabranch.peers.quantized import quantize
+from sigmabranch.peers.rerouted import FlatNet, HashRouter
+from sigmabranch.tasks import TASKS, Chain, Stopped, Task, count_task, find_task
+from sigmabranch.training import FinetuneRecipe, branched_loss
+from sigmabranch.tree import node_key
+
+pytest.importorskip("sklearn")
+pytest.importorskip("fvcore")
+
+TINY = (
+    "model.layers=[1,1,1]",
+    "model.planes=[2,3,4]",
+    "model.strides=[1,2,1]",
+    "model.stem_width=4",
+    "tree.projection_dim=4",
+    "data.train_limit=64",
+    "data.test_limit=40",
+    "dense.epochs=1",
+    "dense.batch_size=32",
+    "finetune.epochs=1",
+    "finetune.batch_size=32",
+    "conversion.restarts=2",
+)
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return find_task("digits-resnet").with_settings(TINY)
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    """Widths of three or four leave no network within one percent."""
+    monkeypatch.setattr(sizing, "TOLERANCE", 0.1)
+
+
+@pytest.fixture(scope="module")
+def net(dense, batches) -> SigmaBranchNet:
+    torch.manual_seed(0)
+    spec = sb.ConversionSpec(centred=True, restarts=2)
+    return sb.convert(dense, batches, sb.TreeSpec(projection_dim=8), spec=spec)
+
+
+# -- sizes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_narrow_dense_network_meets_its_size(name):
+    spec = TASKS[name].model
+    with torch.device("meta"):
+        whole = sum(p.numel() for p in spec.build().parameters())
+        narrow = dense_of_size(spec, whole // 3).build()
+    found = sum(p.numel() for p in narrow.parameters())
+    assert found == pytest.approx(whole / 3, rel=0.01)
+
+
+def test_a_size_out_of_reach_is_refused(task):
+    with pytest.raises(ConfigError, match="no narrower network"):
+        dense_of_size(task.model, 10**9)
+
+
+def test_controls_of_equal_size_and_equal_operations_are_that():
+    task = find_task("cifar100-small")
+    branched = count_task(task)["net"]
+    by_size = find_system("dense-equal").count(task)["net"]
+    by_macs = find_system("dense-equal-macs").count(task)["net"]
+    assert by_size["active_params"] == pytest.approx(branched["active_params"], rel=0.01)
+    assert by_macs["macs_flop_counter"] == pytest.approx(branched["macs_flop_counter"], rel=0.01)
+    assert by_macs["active_params"] > by_size["active_params"]
+
+
+def test_a_counted_control_has_the_keys_of_a_counted_task(task):
+    ours = count_task(task)
+    for name in ("dense-equal", "single-path", "flat-routing", "hash-routing", "sigma-branch"):
+        counted = find_system(name).count(task)
+        assert counted.keys() == ours.keys() | {"peer"}, name
+        assert counted["net"].keys() == ours["net"].keys(), name
+        assert counted["peer"]["name"] == find_system(name).name
+        json.dumps(counted)
+
+
+# -- other routes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["flat", "hash"])
+def test_hard_and_soft_passes_reach_the_same_leaf_under_other_routers(net, batches, kind):
+    x = batches[0][0]
+    if kind == "flat":
+        other: SigmaBranchNet = FlatNet(net).eval()
+        with torch.no_grad():
+            latent_BD = other.router(()).latent(other.trunk(x))
+            other.router(()).gate.weight.copy_(latent_BD[:4] - latent_BD.mean(0))
+            other.router(()).gate.bias.copy_(-other.router(()).gate.weight @ latent_BD.mean(0))
+    else:
+        other = copy.deepcopy(net)
+        for number, node in enumerate(net.tree.inner):
+            router = net.router(node)
+            hashed = HashRouter(router.channels, router.projection[0], number)
+            other.routers[node_key(node)] = hashed
+    with torch.no_grad():
+        soft, hard = other.soft(x), other.hard(x)
+        single = torch.stack([other.hard(row[None]).leaf[0] for row in x])
+    assert torch.equal(other.leaf_of(soft), hard.leaf)
+    assert torch.equal(single, hard.leaf)
+    assert len(hard.leaf.unique()) > 1
+    chosen = soft.logits[torch.arange(len(x)), hard.leaf]
+    torch.testing.assert_close(hard.logits, chosen, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(soft.log_prob.exp().sum(1), torch.ones(len(x)))
+
+
+def test_a_flat_net_charges_one_router_to_a_path(net, batches):
+    flat = FlatNet(net)
+    counted = cost(flat, batches[0][0])["net"]
+    path = flat.path(flat.tree.leaves[0])
+    assert counted["active_params"] == sum(p.numel() for p in path.parameters())
+    assert len(path.routers) == 1
+    routers = sum(p.numel() for p in flat.routers.parameters())
+    shared = sum(p.numel() for n, p in net.named_parameters() if not n.startswith("routers"))
+    assert counted["total_params"] == shared + routers
+
+
+def test_a_hash_tells_images_apart_but_not_their_kind():
+    router = HashRouter(16, nn.Identity(), seed=3)
+    x = torch.randn(2000, 16)
+    branch = router(x).argmax(1)
+    assert 0.45 < branch.float().mean() < 0.55
+    near = router(x + 0.3 * torch.randn(2000, 16)).argmax(1)
+    assert 0.4 < (near == branch).float().mean() < 0.6
+    assert torch.equal(router(x).argmax(1), branch)
+    assert torch.equal(router(x + 1e-6).argmax(1)[:50], branch[:50])
+
+
+# -- schedules of the loss -----------------------------------------------------------------------
+
+
+def test_leaves_share_first_and_specialise_later():
+    torch.manual_seed(0)
+    soft = torch.randn(6, 4, 5), torch.randn(6, 4).log_softmax(1)
+    y = torch.arange(6) % 5
+    late = FinetuneRecipe(share_first=0.5)
+    early = branched_loss(soft, y, late, progress=0.0)
+    halfway = branched_loss(soft, y, late, progress=0.25)
+    after = branched_loss(soft, y, late, progress=0.5)
+    assert torch.allclose(early.weight, torch.full((6, 4), 0.25))
+    assert torch.allclose(halfway.weight, (soft[1].exp() + 0.25) / 2)
+    plain = branched_loss(soft, y, FinetuneRecipe(), progress=0.5)
+    assert torch.equal(after.total, plain.total)
+    assert not torch.equal(early.total, plain.total)
+
+
+# -- eight bits ----------------------------------------------------------------------------------
+
+
+def test_an_eight_bit_network_agrees_with_the_dense_one(dense, batches):
+    quantized = quantize(dense, [x for x, _ in batches], batches[0][0][:1])
+    with torch.no_grad():
+        ours, theirs = quantized(batches[0][0]), dense(batches[0][0])
+    assert 0 < (ours - theirs).abs().max() < 0.15 * theirs.abs().max()
+    assert (ours.argmax(1) == theirs.argmax(1)).float().mean() > 0.8
+
+
+# -- rows ----------------------------------------------------------------------------------------
+
+
+def test_an_unknown_peer_row_or_setting_is_refused(task):
+    with pytest.raises(ConfigError, match=r"unknown peer 'fpgn'.*known are"):
+        find_system("fpgn")
+    with pytest.raises(ConfigError, match="unknown single-path key 'matsch': did you mean match"):
+        find_system("single-path", {"matsch": "epochs"})
+    with pytest.raises(ConfigError, match="choose epochs or training"):
+        find_system("single-path", {"match": "hours"})
+    with pytest.raises(ConfigError, match="no leaf 7"):
+        find_rows(task, ["rerouted"], {"rerouted": {"rule": "7"}})
+    with pytest.raises(ConfigError, match="'regnety', which is not compared"):
+        find_rows(task, ["single-path"], {"regnety": {}})
+
+
+def test_a_row_that_is_impossible_is_skipped_in_a_group_and_refused_by_name(task):
+    rows, skipped = find_rows(task, ["controls"], {})
+    assert "regnety" in skipped
+    assert "near" in skipped["regnety"]
+    assert "regnety" not in rows
+    with pytest.raises(ConfigError, match="no RegNetY is near"):
+        find_rows(task, ["regnety"], {})
+
+
+def test_every_row_survives_json():
+    rows = {name: row for group in GROUPS.values() for name, row in group.items()}
+    for name, row in {**rows, **{name: kind() for name, kind in SYSTEMS.items()}}.items():
+        settings = json.loads(json.dumps(row.to_dict()))
+        assert settings.pop("name") == row.name
+        assert SYSTEMS[row.name]().changed(settings) == row, name
+        assert row.summary
+
+
+def test_an_ablation_changes_the_method_and_nothing_that_is_shared():
+    for name in ("digits-resnet", "cifar100-small"):
+        task = find_task(name)
+        for row in GROUPS["ablations"].values():
+            changed = row.task(task)
+            assert changed.dense == task.dense
+            assert changed.finetune.epochs == task.finetune.epochs
+    with pytest.raises(ConfigError, match="share data and source network"):
+        find_system("sigma-branch", {"settings": ["dense.epochs=9"]}).check(task)
+
+
+# -- the bench -----------------------------------------------------------------------------------
+
+
+def test_the_chain_and_controls_run_and_are_read_back(task, tmp_path):
+    chain = Chain(task, tmp_path)
+    net = chain.branched()
+    possible = [name for name in CONTROLS if name != "regnety"]
+    found = {name: run_control(chain, name) for name in possible}
+    active = count_task(task)["net"]["active_params"]
+    routers = sum(p.numel() for n in ((), (0,)) for p in net.router(n).parameters())
+    assert found["single-path"]["params"] == active - routers
+    assert found["dense-equal"]["params"] == pytest.approx(active, rel=0.1)
+    assert found["dense-continued"]["params"] == count_task(task)["dense"]["params"]
+    assert found["hash-routing"]["params"] == active - routers
+    figures = chain.measured()["branched"]
+    assert found["oracle-leaf"]["top1"] == figures["oracle_leaf"]
+    assert found["random-routing"]["top1"] == pytest.approx(sum(figures["always_leaf"]) / 4)
+    for name, measured in found.items():
+        assert measured["epochs"] == (3 if name == "single-path-compute" else 2), name
+        assert 0 <= measured["top1"] <= 100
+    assert {name: run_control(Chain(task, tmp_path), name) for name in possible} == found
+
+
+class Broken(System):
+    name = "broken"
+    summary = "fails"
+
+    def run(self, bench: Bench) -> Trained:
+        raise ValueError("it broke\nbadly")
+
+
+def comparison(task, folder, rows, *, seeds=(0, 1), minutes=None) -> Comparison:
+    def chain(place, seed, start):
+        return Chain(task, place, seed=seed, start=start, max_minutes=minutes, branching=False)
+
+    return Comparison(
+        task=task, folder=folder, rows=rows, groups={}, skipped={}, seeds=seeds, chain=chain,
+        say=lambda line: None,
+    )  # fmt: skip
+
+
+def test_a_failed_row_loses_no_other_and_nothing_is_made_twice(task, tmp_path, monkeypatch):
+    rows = {"broken": Broken(), "single-path": find_system("single-path")}
+    found = comparison(task, tmp_path, rows).run()
+    assert [(row["row"], row["seed"]) for row in found["failed"]] == [("broken", 0), ("broken", 1)]
+    assert found["failed"][0]["reason"] == "it broke badly"
+    measured = found["rows"]["single-path"]
+    assert sorted(measured) == ["0", "1"]
+    assert measured["0"]["accuracy"] != measured["1"]["accuracy"]
+    starts = [tmp_path / f"seed{seed}" / "dense" / "weights.safetensors" for seed in (0, 1)]
+    assert starts[0].read_bytes() == starts[1].read_bytes()
+    monkeypatch.setattr(compare, "run_row", lambda *_: pytest.fail("made twice"))
+    again = comparison(task, tmp_path, {"single-path": rows["single-path"]}).run()
+    assert again["rows"] == {"single-path": measured}
+    assert again["failed"] == []
+
+
+def test_a_comparison_without_time_stops_and_goes_on(task, tmp_path):
+    rows = {"single-path": find_system("single-path")}
+    with pytest.raises(Stopped):
+        comparison(task, tmp_path, rows, seeds=(0,), minutes=0).run()
+    found = comparison(task, tmp_path, rows, seeds=(0,)).run()
+    assert found["rows"]["single-path"]["0"]["epochs"] == 2
+
+
+def test_a_row_of_other_settings_needs_another_folder(task, tmp_path):
+    files.write_json(
+        compare.row_path(tmp_path / "seed0", "single-path"),
+        {"system": {"name": "single-path", "match": "training"}},
+    )
+    with pytest.raises(CheckpointError, match="other settings"):
+        comparison(task, tmp_path, {"single-path": find_system("single-path")}).run()
+    assert not (tmp_path / "source").exists()
+
+
+def test_evaluation_follows_a_flat_nets_own_choice(net, batches):
+    flat = FlatNet(net).eval()
+    with torch.no_grad():
+        flat.router(()).gate.bias.copy_(torch.tensor([0.0, 50.0, 0.0, 0.0]))
+    assert evaluate(flat, batches)["usage"] == [0.0, 1.0, 0.0, 0.0]
