@@ -8,15 +8,18 @@ from sigmabranch.peers.catalog import (
     find_rows,
     find_system,
     groups_of,
+    published_counts,
 )
 from sigmabranch.peers.compare import Comparison, check_rows, run_control
 from sigmabranch.peers.sizing import dense_of_size
 from sigmabranch.peers.system import System, Trained
+from sigmabranch.peers.traits import TRAITS
 
 __all__ = [
     "CONTROLS",
     "GROUPS",
     "SYSTEMS",
+    "TRAITS",
     "Comparison",
     "System",
     "Trained",
@@ -26,5 +29,6 @@ __all__ = [
     "find_rows",
     "find_system",
     "groups_of",
+    "published_counts",
     "run_control",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import nn
 
 from sigmabranch.errors import ConfigError
 from sigmabranch.peers.bench import Bench
+from sigmabranch.peers.sizing import tree_of_share
 from sigmabranch.peers.system import System, Trained
 from sigmabranch.tasks import Task
 from sigmabranch.tasks.counting import sketch
@@ -27,12 +28,19 @@ class SigmaBranch(System):
 
     Attributes:
         settings: as ``--set`` takes them, of the sections tree, conversion and finetune.
+        active_share: parameters of one path over those of the dense network; the widths of the
+            tree's levels are solved for it. None leaves them as they are.
     """
 
     name: ClassVar[str] = "sigma-branch"
     summary: ClassVar[str] = "this library's branched network"
 
     settings: tuple[str, ...] = ()
+    active_share: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.active_share is not None and not 0 < self.active_share < 1:
+            raise ConfigError(f"active_share must be between 0 and 1, got {self.active_share}")
 
     def task(self, task: Task) -> Task:
         """``task`` with this row's settings.
@@ -41,6 +49,8 @@ class SigmaBranch(System):
             ConfigError: a setting that does not exist, or of the data or the dense network.
         """
         changed = task.with_settings(self.settings)
+        if self.active_share is not None:
+            changed = replace(changed, tree=tree_of_share(changed, self.active_share))
         if (changed.data, changed.model, changed.dense) != (task.data, task.model, task.dense):
             raise ConfigError(
                 "sigma-branch settings may change tree, conversion and finetune only: all rows "

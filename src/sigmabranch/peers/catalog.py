@@ -9,6 +9,8 @@ from typing import Any
 from sigmabranch.errors import ConfigError, MissingDependency
 from sigmabranch.peers.branched import SigmaBranch
 from sigmabranch.peers.controls import DenseContinued, DenseEqual, SinglePath
+from sigmabranch.peers.decisionet import DecisioNet
+from sigmabranch.peers.deepmoe import DeepMoE
 from sigmabranch.peers.efficient import Efficient
 from sigmabranch.peers.ffn_moe import FfnMoE
 from sigmabranch.peers.fpgm import Fpgm
@@ -16,9 +18,10 @@ from sigmabranch.peers.hrank import HRank
 from sigmabranch.peers.quantized import DenseInt8
 from sigmabranch.peers.rerouted import FlatRouting, HashRouting, Rerouted
 from sigmabranch.peers.sizing import active_params
+from sigmabranch.peers.skipnet import SkipNet
 from sigmabranch.peers.system import System
 from sigmabranch.peers.torch_pruning import Magnitude, Taylor
-from sigmabranch.tasks import Task
+from sigmabranch.tasks import Task, find_task
 
 #: Every system by its name.
 SYSTEMS: Mapping[str, type[System]] = {
@@ -37,6 +40,9 @@ SYSTEMS: Mapping[str, type[System]] = {
         HRank,
         Magnitude,
         Taylor,
+        SkipNet,
+        DeepMoE,
+        DecisioNet,
         FfnMoE,
     )
 }
@@ -48,6 +54,11 @@ PEERS: Mapping[str, System] = {
     "hrank-progressive": HRank(mode="progressive"),
     "l1": Magnitude(),
     "taylor": Taylor(),
+    "skipnet": SkipNet(),
+    "deepmoe": DeepMoE(),
+    "decisionet": DecisioNet(),
+    "decisionet-tree": DecisioNet(topology="tree"),
+    "decisionet-source": DecisioNet(topology="tree", start="source"),
     "ffn-moe": FfnMoE(),
     "ffn-moe-untrained": FfnMoE(tuned=False),
 }
@@ -66,6 +77,7 @@ CONTROLS: Mapping[str, System] = {
     "shuffled-routing": Rerouted(rule="shuffled"),
     "class-leaf": Rerouted(rule="class"),
     "oracle-leaf": Rerouted(rule="oracle"),
+    **{f"always-leaf-{leaf}": Rerouted(rule=str(leaf)) for leaf in range(4)},
     "hash-routing": HashRouting(),
     "flat-routing": FlatRouting(),
 }
@@ -104,6 +116,7 @@ ABLATIONS: Mapping[str, System] = {
     "distilled": _changed("finetune.distill_weight=0.5"),
     "depth-1": _changed("tree.depth=1"),
     "depth-3": _changed("tree.depth=3"),
+    **{f"active-{share}": SigmaBranch(active_share=share / 100) for share in (15, 25, 50, 60)},
 }  # fmt: skip
 
 #: Groups that ``--rows`` knows beside single rows.
@@ -126,6 +139,24 @@ def find_system(name: str, settings: Mapping[str, Any] | None = None) -> System:
         raise ConfigError(f"unknown peer {name!r}: {_known(name, [*SYSTEMS, *rows])}")
     system = rows[name] if name in rows else SYSTEMS[name]()
     return system.changed(settings) if settings else system
+
+
+def published_counts() -> dict[str, dict[str, Any]]:
+    """Counts on ResNet-50 at 224 pixels that printed figures of other systems refer to."""
+    task = find_task("imagenet-resnet50")
+    systems = {
+        "sigma-branch": SigmaBranch(),
+        **{
+            f"fpgm rate={rate} {convention}": Fpgm(rate=rate, convention=convention)
+            for rate in (0.3, 0.4)
+            for convention in ("inner", "official", "coupled")
+        },
+        "hrank rates=62 literal": HRank(convention="literal"),
+        "hrank rates=62 physical": HRank(convention="physical"),
+        "skipnet": SkipNet(),
+        "deepmoe": DeepMoE(),
+    }
+    return {name: system.count(task) for name, system in systems.items()}
 
 
 def groups_of(rows: Iterable[str]) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -14,6 +15,7 @@ from sigmabranch.backbones import ModelSpec
 from sigmabranch.errors import ConfigError
 from sigmabranch.tasks import Task
 from sigmabranch.tasks.counting import example, sketch
+from sigmabranch.tree import TreeSpec
 
 TOLERANCE = 0.01
 
@@ -23,6 +25,35 @@ def active_params(task: Task) -> int:
     """Parameters of the largest path of the task's tree, without counting its operations."""
     _, net = sketch(task)
     return max(parameters_of(net.path(leaf)) for leaf in net.tree.leaves)
+
+
+@cache
+def tree_of_share(task: Task, share: float) -> TreeSpec:
+    """The task's tree, its level widths changed alike until a path is ``share`` of the dense.
+
+    Raises:
+        ConfigError: the trunk alone is larger, or the levels would be wider than their sources.
+    """
+    _, net = sketch(task)
+    widths, goal = net.record["widths"], share * parameters_of(task.model.build())
+
+    def scaled(step: int) -> TreeSpec:
+        return replace(task.tree, widths=tuple(max(1, round(w * step / 200)) for w in widths))
+
+    def size(step: int) -> int:
+        try:
+            return active_params(replace(task, tree=scaled(step)))
+        except ConfigError:  # wider than the network
+            return 2**62
+
+    step = bisect_left(range(1, 601), goal, key=size) + 1
+    near = min({max(1, step - 1), step}, key=lambda step: abs(size(step) - goal))
+    if abs(size(near) - goal) > 5 * TOLERANCE * goal:
+        raise ConfigError(
+            f"no widths of the tree make a path {share:.0%} of the network of {task.name}: "
+            f"the nearest is {size(near) / goal * share:.0%}"
+        )
+    return scaled(near)
 
 
 @cache

@@ -19,6 +19,7 @@ from sigmabranch.report.main_table import main_rows, main_table  # noqa: E402
 from sigmabranch.report.page import Run, write_report  # noqa: E402
 from sigmabranch.report.published_table import ablation_table, published_table  # noqa: E402
 from sigmabranch.report.recipe_table import recipe_table  # noqa: E402
+from sigmabranch.report.systems_table import systems_table  # noqa: E402
 from sigmabranch.report.tables import (  # noqa: E402
     Table,
     accuracy_table,
@@ -40,6 +41,7 @@ __all__ = [
     "node_table",
     "published_table",
     "recipe_table",
+    "systems_table",
     "write_comparison",
     "write_report",
 ]

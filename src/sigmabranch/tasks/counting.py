@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,6 +37,11 @@ def sketch(task: Task) -> tuple[nn.Module, SigmaBranchNet]:
         ConfigError: the tree does not fit the network.
         ConversionError: the network cannot be cut there.
     """
+    return copy.deepcopy(_sketch(task))
+
+
+@lru_cache(maxsize=2)
+def _sketch(task: Task) -> tuple[nn.Module, SigmaBranchNet]:
     dense, blank = task.model.build().eval(), example(task)
     if blank.ndim == 4:
         blank = blank[..., :_TRACED_SIDE, :_TRACED_SIDE]
