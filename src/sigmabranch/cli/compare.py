@@ -46,6 +46,17 @@ def command(
         Path | None,
         typer.Option(help="Start from this trained dense network.", show_default=False),
     ] = None,
+    include: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Take the rows that this --result of the same task and source network holds, from "
+            "another machine or an earlier time, instead of making them. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    gather: Annotated[
+        bool, typer.Option("--gather", help="Make nothing: tabulate the rows that are there.")
+    ] = False,
     result: options.OutFile = None,
     accumulate: options.Accumulate = 1,
     max_minutes: options.MaxMinutes = None,
@@ -53,6 +64,7 @@ def command(
 ) -> None:
     """Train and measure Sigma-Branch and the systems to judge it by; repeat to continue."""
     chosen, own = _settings(find_task(task), settings or ())
+    numbers = _seeds(seeds)
     names = [name for part in rows.split(",") if (name := part.strip())]
     systems, skipped = find_rows(chosen, names, own)
     folder = out or Path("runs") / f"compare-{chosen.name}"
@@ -82,11 +94,12 @@ def command(
             rows=systems,
             groups=groups_of(systems),
             skipped=skipped,
-            seeds=_seeds(seeds),
+            seeds=numbers,
             chain=chain,
+            known=[files.read_json(path) for path in include or ()],
             say=screen.say,
         )
-        found = comparison.run()
+        found = comparison.run(make=not gather)
     if result is not None:
         files.write_json(result, found)
     table, page = write_comparison(found, folder / "report")

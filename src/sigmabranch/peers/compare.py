@@ -12,10 +12,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sigmabranch import files
+from sigmabranch.archive import WEIGHTS, read_manifest
 from sigmabranch.errors import CheckpointError, ProcessLost
 from sigmabranch.peers.bench import Bench
 from sigmabranch.peers.catalog import find_control
@@ -23,6 +25,7 @@ from sigmabranch.peers.row import measure_row
 from sigmabranch.peers.system import System
 from sigmabranch.tasks import Chain, Stopped, Task
 from sigmabranch.tasks.provenance import provenance
+from sigmabranch.tasks.task import first_difference
 
 ROW = "row.json"
 SCHEMA = 1
@@ -41,6 +44,7 @@ class Comparison:
         seeds: of fine-tuning, conversion and whatever else a row draws; the source network is that
             of the first.
         chain: makes a :class:`~sigmabranch.tasks.Chain` of the task: (folder, seed, start) → chain.
+        known: results of earlier comparisons, whose rows are taken over instead of being made.
         say: told in one line what begins, ends or fails.
         failed: (row, seed) → why, of this call.
     """
@@ -52,25 +56,33 @@ class Comparison:
     skipped: Mapping[str, str]
     seeds: Sequence[int]
     chain: Callable[[Path, int, Mapping[str, Path]], Chain]
+    known: Sequence[Mapping[str, Any]] = ()
     say: Callable[[str], None] = print
     failed: dict[tuple[str, int], str] = field(default_factory=dict)
 
-    def run(self) -> dict[str, Any]:
+    def run(self, *, make: bool = True) -> dict[str, Any]:
         """Make and measure every row that is not there yet, seed by seed.
 
         A row that fails is reported, kept in :attr:`failed` and tried again by the next call; the
         others go on.
 
+        Args:
+            make: false only gathers what is there; the source network must be.
+
         Returns:
             The comparison as :meth:`result` gives it.
 
         Raises:
+            CheckpointError: the folder or a known result belongs to other settings.
             Stopped: the time is up; the next call continues.
         """
         self._check_folder()
+        if not make:
+            read_manifest(self.folder / "source" / "dense", "dense")  # refuses where there is none
         source = self.chain(self.folder / "source", self.seeds[0], {})
         source.dense()
-        for seed in self.seeds:
+        self._take_over(source)
+        for seed in self.seeds if make else ():
             start = {"dense": source.folder / "dense"}
             chain = self.chain(self.folder / f"seed{seed}", seed, start)
             chain.dataset = source.dataset  # not read and kept twice
@@ -83,6 +95,24 @@ class Comparison:
         for seed in self.seeds:
             for name, system in self.rows.items():
                 read_row(self.folder / f"seed{seed}", name, system)
+
+    def _take_over(self, source: Chain) -> None:
+        """Put the known rows where this comparison would have made them."""
+        task, weights = self.task.to_dict(), source_digest(source)
+        for result in self.known:
+            difference = first_difference(result["task"], task)
+            if difference:
+                raise CheckpointError(f"an included result is of another task: {difference}")
+            if result["source"]["sha256"] != weights:
+                raise CheckpointError(
+                    "an included result starts from another source network: give that one with "
+                    "--dense, or compare its rows in a table of their own"
+                )
+            for name, system in self.rows.items():
+                for seed, row in result["rows"].get(name, {}).items():
+                    path = row_path(self.folder / f"seed{seed}", name)
+                    if system.made(row["system"]) and not path.exists():
+                        source.once(partial(files.write_json, path, row))
 
     def _row(self, name: str, system: System, chain: Chain) -> None:
         """Make one row, unless it is there; a failure is kept, not raised."""
@@ -108,7 +138,11 @@ class Comparison:
             "schema": SCHEMA,
             "task": self.task.to_dict(),
             "provenance": provenance(source.engine.device),
-            "source": {"seed": source.seed, "accuracy": self._source_accuracy(source)},
+            "source": {
+                "seed": source.seed,
+                "sha256": source_digest(source),
+                "accuracy": self._source_accuracy(source),
+            },
             "rows": {
                 name: {str(seed): row for seed, row in self._measured(name, system).items()}
                 for name, system in self.rows.items()
@@ -133,6 +167,11 @@ class Comparison:
             accuracy = source.dense_accuracy()
             source.once(lambda: files.write_json(path, accuracy))
         return files.read_json(path)
+
+
+def source_digest(source: Chain) -> str:
+    """SHA-256 of the source network's weights."""
+    return read_manifest(source.folder / "dense", "dense")["files"][WEIGHTS]["sha256"]
 
 
 def check_rows(rows: Iterable[System], task: Task) -> None:
@@ -167,7 +206,7 @@ def read_row(folder: Path, name: str, system: System) -> dict[str, Any] | None:
     if not path.exists():
         return None
     row = files.read_json(path)
-    if row["system"] != system.to_dict():
+    if not system.made(row["system"]):
         raise CheckpointError(
             f"{path.parent} holds {name} with other settings: choose another --out or remove it"
         )

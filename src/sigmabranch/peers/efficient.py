@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -45,11 +47,17 @@ class Efficient(System):
 
     def sketch(self, task: Task) -> nn.Module:
         """The network nearest to the tree's active size."""
-        goal, sizes = active_params(task), dict[float, int]()
-        for factor in _FACTORS:
+        goal = active_params(task)
+
+        @cache
+        def size(factor: float) -> int:
             with torch.device("meta"), suppress(ConfigError):
-                sizes[factor] = parameters_of(self._build(task, factor))
-        return self._build(task, min(sizes, key=lambda factor: abs(sizes[factor] - goal)))
+                return parameters_of(self._build(task, factor))
+            return 0  # too narrow for four stages
+
+        above = bisect_left(_FACTORS, goal, key=size)
+        near = [factor for factor in _FACTORS[max(0, above - 1) : above + 1] if size(factor)]
+        return self._build(task, min(near, key=lambda factor: abs(size(factor) - goal)))
 
     def _build(self, task: Task, factor: float) -> nn.Module:
         channels, _, side = input_shape(task.data.name, task.data.image_size)

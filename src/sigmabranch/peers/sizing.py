@@ -38,7 +38,7 @@ def tree_of_share(task: Task, share: float) -> TreeSpec:
     widths, goal = net.record["widths"], share * parameters_of(task.model.build())
 
     def scaled(step: int) -> TreeSpec:
-        return replace(task.tree, widths=tuple(max(1, round(w * step / 200)) for w in widths))
+        return replace(task.tree, widths=tuple(max(1, round(w * step / 50)) for w in widths))
 
     def size(step: int) -> int:
         try:
@@ -46,7 +46,7 @@ def tree_of_share(task: Task, share: float) -> TreeSpec:
         except ConfigError:  # wider than the network
             return 2**62
 
-    step = bisect_left(range(1, 601), goal, key=size) + 1
+    step = bisect_left(range(1, 151), goal, key=size) + 1
     near = min({max(1, step - 1), step}, key=lambda step: abs(size(step) - goal))
     if abs(size(near) - goal) > 5 * TOLERANCE * goal:
         raise ConfigError(

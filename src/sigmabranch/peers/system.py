@@ -98,6 +98,17 @@ class System:
         """``name`` and all settings, JSON-able."""
         return {"name": self.name, **{key: to_fields(value) for key, value in asdict(self).items()}}
 
+    def made(self, settings: Mapping[str, Any]) -> bool:
+        """Whether ``settings``, from :meth:`to_dict` of this or an earlier version, are these.
+
+        Fields that are younger than ``settings`` have their defaults there.
+        """
+        own = {key: value for key, value in settings.items() if key != "name"}
+        try:
+            return settings.get("name") == self.name and type(self)().changed(own) == self
+        except ConfigError:
+            return False
+
     def changed(self, settings: Mapping[str, Any]) -> Self:
         """The same system with other values of some fields.
 

@@ -37,7 +37,10 @@ def sketch(task: Task) -> tuple[nn.Module, SigmaBranchNet]:
         ConfigError: the tree does not fit the network.
         ConversionError: the network cannot be cut there.
     """
-    return copy.deepcopy(_sketch(task))
+    # Shapes depend on these alone; the rest has its defaults, so that one sketch serves many.
+    return copy.deepcopy(
+        _sketch(Task(name="", summary="", data=task.data, model=task.model, tree=task.tree))
+    )
 
 
 @lru_cache(maxsize=2)
