@@ -219,9 +219,16 @@ def _made_for(task: Task, name: str, row: System, settings: Mapping[str, Any]) -
     if settings:
         row = row.changed(settings)
     row.check(task)
-    if name in PEERS and not settings:
-        row = row.fitted(task, active_params(task))
-    return row
+    size = _path_size(task) if name in PEERS and not settings else None
+    return row if size is None else row.fitted(task, size)
+
+
+def _path_size(task: Task) -> int | None:
+    """Active parameters of the task's tree; None if its network cannot have one."""
+    try:
+        return active_params(task)
+    except ConfigError:
+        return None
 
 
 def _known(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:

@@ -40,6 +40,7 @@ class DenseEqual(System):
 
     Attributes:
         match: what is equal to within one percent: ``"params"`` or ``"macs"``.
+        params: how many; those of a path of the task's tree if None.
         distill_weight: share of its loss that imitates the source network.
     """
 
@@ -47,11 +48,14 @@ class DenseEqual(System):
     summary: ClassVar[str] = "a narrow dense network of equal active size"
 
     match: Literal["params", "macs"] = "params"
+    params: int | None = None
     distill_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.match not in ("params", "macs"):
             raise ConfigError(f"dense-equal match is {self.match!r}: choose params or macs")
+        if self.params is not None and (self.params < 1 or self.match == "macs"):
+            raise ConfigError(f"dense-equal params is a number of parameters, got {self.params}")
         if not 0 <= self.distill_weight <= 1:
             raise ConfigError(f"distill_weight must be in [0, 1], got {self.distill_weight}")
 
@@ -62,7 +66,7 @@ class DenseEqual(System):
     def spec(self, task: Task) -> ModelSpec:
         """The narrow network's shape."""
         if self.match == "params":
-            return dense_of_size(task.model, active_params(task))
+            return dense_of_size(task.model, self.params or active_params(task))
         return dense_of_products(task, count_task(task)["net"]["macs_flop_counter"])
 
     def sketch(self, task: Task) -> nn.Module:
