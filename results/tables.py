@@ -15,7 +15,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from sigmabranch.report import Table, main_rows, main_table
+from sigmabranch import files
+from sigmabranch.report import Table, comparison_table, main_rows, main_table
 from sigmabranch.tasks import Group, find_task, group_results, read_results
 
 HERE = Path(__file__).resolve().parent
@@ -139,10 +140,16 @@ def main_of_the_paper() -> Table:
     return main_table(paper_rows())
 
 
+def systems_on_cifar100() -> Table:
+    """Every system on CIFAR-100, as ``sigmabranch table comparison`` prints it."""
+    return comparison_table(files.read_json(HERE / "compare-cifar100-small.json"))
+
+
 TABLES: Mapping[str, Callable[[], Table]] = {
     "cifar100-small": cifar100_small,
     "digits": partial(demo, "digits-resnet"),
     "shapes": partial(demo, "shapes-pointnet2"),
+    "compare-cifar100-small": systems_on_cifar100,
     "main": main_of_the_paper,
     "modelnet40-cpu": modelnet40_on_a_cpu,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,14 +11,16 @@ from torch import nn
 
 from conftest import randomise
 from sigmabranch.backbones import ResNetSpec, WideResNetSpec
-from sigmabranch.errors import ConfigError, DataError
+from sigmabranch.errors import ConfigError, DataError, MissingDependency
 from sigmabranch.measure import Dynamic, cost
 from sigmabranch.measure.cost import count_parameters
-from sigmabranch.peers import decisionet, label_tree
+from sigmabranch.peers import decision_net, decisionet
 from sigmabranch.peers.bench import Bench
-from sigmabranch.peers.decisionet import DecisioNet, DecisionObjective, Gated, gate
+from sigmabranch.peers.decision_net import Gated, gate
+from sigmabranch.peers.decisionet import DecisioNet, DecisionObjective
 from sigmabranch.peers.label_tree import EITHER, LEFT, OFF_ITS_WAY, RIGHT, class_codes, confusions
 from sigmabranch.tasks import Chain, Stopped, find_task
+from sigmabranch.tasks.counting import example
 from sigmabranch.training import Recipe
 from sigmabranch.tree import TreeSpec
 
@@ -197,19 +200,14 @@ def test_noise_decides_near_zero_in_training_only(lopsided, images):
     assert (gates < 0.5).float().mean().item() == pytest.approx(0.309, abs=0.06)
 
 
-def test_every_part_learns_whichever_way_the_coin_falls(task, images):
+@pytest.mark.parametrize("hard", [0.0, 1.0])
+def test_every_part_learns_whichever_way_the_coin_falls(task, images, monkeypatch, hard):
+    monkeypatch.setattr(decision_net, "_HARD_SHARE", hard)
     network = DecisioNet(topology="tree").sketch(task).train()
-    for hard in (0.0, 1.0):
-        network.zero_grad()
-        torch.manual_seed(0)
-        decisionet._HARD_SHARE, kept = hard, decisionet._HARD_SHARE
-        try:
-            network.gated(images).logits.square().sum().backward()
-        finally:
-            decisionet._HARD_SHARE = kept
-        reached = {name for name, p in network.named_parameters() if p.grad is not None}
-        assert reached == {name for name, _ in network.named_parameters()}
-        assert all(node.unit.weight.grad.abs().sum() > 0 for node in network.nodes.values())
+    torch.manual_seed(0)
+    network.gated(images).logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    assert all(node.unit.weight.grad.abs().sum() > 0 for node in network.nodes.values())
 
 
 # -- the loss ------------------------------------------------------------------------------------
@@ -304,12 +302,11 @@ def test_an_empty_batch_is_refused(lopsided):
 def test_the_published_wide_resnet_is_counted():
     """10.51 M of 19.39 M parameters and 2.60 G MACs: half-width branches after the first stage."""
     system, task = DecisioNet(), find_task("cifar100-wrn28-10")
-    counted = system.count(task)
-    net = counted["net"]
+    network = system.sketch(task)
+    net = cost(network, example(task), dense=nn.Linear(32, 1))["net"]
     assert (net["active_params"], net["total_params"]) == (10_513_365, 19_385_465)
     assert net["macs"] == 2_606_075_296
-    assert counted["peer"]["node_params"] == 161
-    assert counted["dense"]["params"] == 36_536_884
+    assert system.details(network, task) == {"leaves": 2, "node_params": 161}
 
 
 @pytest.mark.parametrize("split", ["early", "late"])
@@ -459,6 +456,7 @@ def test_a_resumed_run_is_the_same_run_with_the_same_codes(bench, tmp_path, monk
 
 
 def test_without_scipy_the_first_step_says_so(bench, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "scipy.cluster", None)
-    with pytest.raises(label_tree.MissingDependency, match=r"scipy.*\[peers\]"):
-        DecisioNet().run(bench)
+    monkeypatch.setitem(sys.modules, "scipy.cluster", None)
+    for first_step in (DecisioNet().run, lambda bench: DecisioNet().check(bench.task)):
+        with pytest.raises(MissingDependency, match=r"scipy.*\[peers\]"):
+            first_step(bench)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -15,16 +18,12 @@ from sigmabranch.backbones import ResNet, ResNetSpec
 from sigmabranch.errors import ConfigError
 from sigmabranch.measure import Dynamic, cost, module_costs
 from sigmabranch.peers.bench import Bench
-from sigmabranch.peers.deepmoe import DeepMoE, ExpertResNet, SparseObjective
-from sigmabranch.peers.skipnet import (
-    GatedResNet,
-    HybridObjective,
-    RateObjective,
-    SkipNet,
-    phases,
-    returns,
-)
-from sigmabranch.tasks import Chain, find_task
+from sigmabranch.peers.deepmoe import DeepMoE, SparseObjective
+from sigmabranch.peers.expert_resnet import ExpertResNet
+from sigmabranch.peers.gated_resnet import GatedResNet
+from sigmabranch.peers.phases import phases
+from sigmabranch.peers.skipnet import HybridObjective, RateObjective, SkipNet, returns, settle
+from sigmabranch.tasks import Chain, Stopped, find_task
 from sigmabranch.training import DenseObjective
 
 pytest.importorskip("fvcore")
@@ -59,21 +58,30 @@ def images(batches):
 
 def skipping(dense, gate="recurrent"):
     """A gated network whose gates disagree among inputs: random, sharp and centred."""
+    return copy.deepcopy(_skipping(dense, gate))
+
+
+@cache
+def _skipping(dense, gate):
     network = GatedResNet(copy.deepcopy(dense), torch.zeros(1, 1, 8, 8), gate)
     randomise(network.gates)
-    network.gates.lean(0.0)
     network.temperature = 0.1
     x = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        network.gates.lean(-0.1 * float(network.eval().gated(x).gate_logits.median()))
+        network.handicap.copy_(0.1 * network.eval().gated(x).gate_logits.median())
     return network
 
 
 def expert(dense, variant="A"):
     """A gated network with about half of its gates open."""
+    return copy.deepcopy(_expert(dense, variant))
+
+
+@cache
+def _expert(dense, variant):
     network = ExpertResNet(copy.deepcopy(dense), torch.zeros(1, 1, 8, 8), variant)
     randomise(network.embedding)
-    nn.init.normal_(network.heads.weight)
+    nn.init.normal_(network.heads.weight, generator=torch.Generator().manual_seed(2))
     return network.eval()
 
 
@@ -114,7 +122,7 @@ def test_with_all_gates_open_the_logits_are_the_dense_networks(pair, images):
 def test_one_input_alone_gets_the_logits_and_load_that_it_gets_in_a_batch(network, images):
     with torch.no_grad():
         logits, load = network.with_load(images)
-        for number in range(8):
+        for number in range(4):
             alone, own = network.with_load(images[number : number + 1])
             assert torch.allclose(alone[0], logits[number], atol=1e-4)
             assert torch.equal(own.choices[0], load.choices[number])
@@ -157,8 +165,7 @@ def test_load_lies_between_the_bounds_and_the_most_is_everything(network, images
 
 @pytest.mark.parametrize("system", [SkipNet(mode="rate"), DeepMoE()], ids=lambda s: s.name)
 def test_fitted_makes_the_expected_size_the_wanted_one(system, task):
-    most = system.sketch(task).bounds()["most"]["active_params"]
-    least = system.sketch(task).bounds()["least"]["active_params"]
+    least, most = (ends["active_params"] for ends in system.sketch(task).bounds().values())
     wanted = round(0.6 * least + 0.4 * most)
     fitted = system.fitted(task, wanted)
     if isinstance(fitted, SkipNet):
@@ -181,6 +188,7 @@ def test_fitted_makes_the_expected_size_the_wanted_one(system, task):
         (SkipNet, {"target": 0.0}, "target"),
         (SkipNet, {"temperature": 0.0}, "temperature"),
         (SkipNet, {"rl_weight": -1.0}, "rl_weight"),
+        (SkipNet, {"rate_weight": math.nan}, "rate_weight"),
         (DeepMoE, {"variant": "C"}, "A, B"),
         (DeepMoE, {"target": 1.5}, "target"),
         (DeepMoE, {"sparsity": -1.0}, "sparsity"),
@@ -217,8 +225,7 @@ def test_two_phases_share_the_epochs_and_the_warm_up(task):
 def test_a_closed_gate_leaves_the_shortcut(basic, images):
     """The last block has no projection, so the head sees what came before it."""
     network = skipping(basic)
-    network.gates.output.weight.data.zero_()
-    network.gates.lean(-1.0)
+    network.handicap.fill_(99.0)
     with torch.no_grad():
         first = basic.layer1[0](basic.act1(basic.bn1(basic.conv1(images))))
         expected = basic.fc(basic.global_pool(basic.layer2[0].downsample(first)))
@@ -279,6 +286,19 @@ def test_the_rate_penalty_opens_gates_below_the_target_and_closes_those_above(de
         objective(_entry(network), *batches[0], 0.25).loss.backward()
         assert float(network.gates.output.bias.grad) * sign > 0
         assert float(network.noise) == 0.75
+
+
+@torch.no_grad()
+def test_steering_gives_the_share_of_parameters_and_not_of_gates(dense, images):
+    network, wanted = skipping(dense), 0.3
+    for _ in range(40):
+        network.steer(network.gated(images).open.mean(0), wanted)
+    _, load = network.with_load(images)
+    ends = [network.bounds()[end]["active_params"] for end in ("least", "most")]
+    read = (load.active_params.double().mean() - ends[0]) / (ends[1] - ends[0])
+    assert float(read) == pytest.approx(wanted, abs=0.03)
+    assert abs(float(load.choices.float().mean()) - wanted) > 0.03
+    assert "handicap" in network.state_dict()
 
 
 # -- DeepMoE -------------------------------------------------------------------------------------
@@ -379,9 +399,11 @@ def chain(task, tmp_path_factory):
 
 
 @pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS)
-def test_a_run_trains_gates_and_blocks_and_a_second_run_finds_it_done(system, chain, tmp_path):
-    bench = Bench(chain=chain, folder=tmp_path)
-    trained = system.run(bench)
+def test_a_run_that_is_stopped_twice_ends_with_the_same_network(
+    system, chain, tmp_path, monkeypatch
+):
+    trained = system.run(Bench(chain=chain, folder=tmp_path / "whole"))
+    bench = Bench(chain=chain, folder=tmp_path / "parts")
     assert trained.epochs == bench.epochs
     assert bool(trained.mark) == (trained.recipe != bench.recipe)
     x = bench.chain.dataset.test.batches(torch.arange(4), 4)
@@ -390,9 +412,52 @@ def test_a_run_trains_gates_and_blocks_and_a_second_run_finds_it_done(system, ch
     assert logits.isfinite().all()
     assert not trained.network.training
     assert trained.counted.bounds() == system.sketch(chain.task).bounds()
+    with monkeypatch.context() as late:
+        late.setattr(chain, "deadline", 0.0)
+        for _ in range(2):
+            with pytest.raises(Stopped):
+                system.run(bench)
     again = system.run(bench).network.state_dict()
     for name, value in trained.network.state_dict().items():
         assert torch.equal(value, again[name]), name
+
+
+def test_settling_meets_the_share_of_parameters_on_training_images(chain, tmp_path):
+    network = skipping(chain.dense())
+    ends = [network.bounds()[end]["active_params"] for end in ("least", "most")]
+    for wanted in (0.3, 0.8):
+        settle(network, Bench(chain=chain, folder=tmp_path), wanted)
+        x = torch.cat([x for x, _ in chain.calibration()])
+        with torch.no_grad():
+            _, load = network.with_load(x)
+        read = (load.active_params.double().mean() - ends[0]) / (ends[1] - ends[0])
+        assert float(read) == pytest.approx(wanted, abs=1 / len(x))
+
+
+@pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS)
+def test_a_training_step_stays_on_its_device(system, dense, task, monkeypatch):
+    """The meta device has no values to read back, and refuses tensors of another device."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it has none
+    if isinstance(system, SkipNet):
+        network = skipping(dense).to("meta").train()
+        network.sampling = {"hybrid": "bernoulli", "rate": "gumbel"}.get(system.mode, "threshold")
+        objective = {
+            "supervised": lambda: DenseObjective(task.finetune),
+            "hybrid": lambda: HybridObjective(task.finetune, None, system),
+            "rate": lambda: RateObjective(task.finetune, None, system, network),
+        }[system.mode]()
+    else:
+        network = expert(dense)
+        network.classify_embedding(CLASSES)
+        network.to("meta").train()
+        objective = SparseObjective(task.finetune, None, system, network.widths)
+    x, y = torch.empty(4, 1, 8, 8, device="meta"), torch.empty(4, device="meta").long()
+    model = network if objective.entry == "forward" else _entry(network)
+    output = objective(model, x, y, 0.5)
+    output.loss.backward()
+    assert all(value.is_meta for value in output.metrics.values())
+    logits, load = network.eval().with_load(x)
+    assert all(part.is_meta for part in (logits, *load))
 
 
 def test_count_names_what_only_the_system_has(task):

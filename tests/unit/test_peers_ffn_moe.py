@@ -14,7 +14,10 @@ from sigmabranch.backbones import ViTSpec
 from sigmabranch.errors import ConfigError, MissingDependency
 from sigmabranch.measure import Dynamic, cost
 from sigmabranch.peers.bench import Bench
-from sigmabranch.peers.ffn_moe import ExpertLayer, FfnMoE, MoeNet, feed_forwards, grouped
+from sigmabranch.peers.expert_layer import ExpertLayer, feed_forwards
+from sigmabranch.peers.ffn_moe import FfnMoE
+from sigmabranch.peers.moe_net import MoeNet
+from sigmabranch.peers.neuron_groups import grouped
 from sigmabranch.tasks import Chain, Task, find_task
 from sigmabranch.tasks.task import DataSpec
 from sigmabranch.training import FinetuneRecipe, Recipe

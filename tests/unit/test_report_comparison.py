@@ -22,8 +22,10 @@ from sigmabranch.report import (
     published_table,
     write_comparison,
 )
-from sigmabranch.report.compared import REFERENCE, Range, read_comparison
-from sigmabranch.report.comparison_figures import accuracy_by_bytes, leaf_maps, pareto_front
+from sigmabranch.report.compared import Range
+from sigmabranch.report.comparison_figures import accuracy_by_bytes, pareto_front
+from sigmabranch.report.comparison_reader import REFERENCE, read_comparison
+from sigmabranch.report.leaf_maps import leaf_maps
 from sigmabranch.report.numbering import place_numbers
 from sigmabranch.report.tables import NOTHING
 from sigmabranch.tasks import TASKS
@@ -117,6 +119,7 @@ def made() -> dict:
             "controls": ["narrow", "int8", "oracle"],
             "ablations": ["random-partition", "sigma-branch"],
         },
+        "skipped": {"regnety": "no <timm>"},
         "failed": [{"row": "broken", "seed": 0, "reason": "no <gates>"}],
     }
 
@@ -201,6 +204,7 @@ def test_the_notes_name_seeds_failures_and_the_one_convention(found):
     notes = comparison_table(found).notes
     assert notes[-1] == "How it was counted."
     assert "Failed: broken, seed 0: no <gates>." in notes
+    assert "Left out: regnety: no <timm>." in notes
     assert any("seeds 0, 1, 2" in note for note in notes)
 
 
@@ -295,6 +299,17 @@ def test_numbers_of_crowded_points_neither_meet_nor_cross(heap):
     for side in {x for x, _ in placed.values()} if heap > 2 else ():
         column = [number for number, (x, _) in placed.items() if x == side and number < heap]
         assert sorted(column, key=lambda n: at[n][1]) == sorted(column, key=lambda n: placed[n][1])
+
+
+def test_the_columns_of_a_heap_meet_no_other_heap_and_hide_no_point():
+    at = {n: (100.0, 200.0 + 2 * n) for n in range(8)}
+    at |= {8 + n: (97.0, 183.0 - 2 * n) for n in range(8)}  # its columns would rise into the first
+    at |= {16: (120.0, 205.0)}  # where the first heap's right column would be
+    placed = place_numbers(at, np.array([[0, 0], [400, 400]]))
+    places, points = (np.array([given[number] for number in at]) for given in (placed, at))
+    near = np.abs(places[:, None] - places) < (12, 9)
+    assert near.all(axis=2).sum() == len(at)
+    assert not (np.abs(places[:, None] - points) < (9, 7)).all(axis=2).any()
 
 
 def test_rows_with_a_tree_have_a_map_each(found):
@@ -423,14 +438,30 @@ def test_without_counts_every_printed_row_is_there():
 def test_ablations_are_paired_by_seed_and_the_papers_stand_beside_them(found):
     table = ablation_table(found)
     rows = {line[0]: line[1:] for line in table.groups[0][1]}
-    assert rows["sigma-branch"] == (NOTHING, "74.82", NOTHING, "81.00 ± 1.00", NOTHING)
+    assert rows["sigma-branch"] == (
+        NOTHING, "74.82", NOTHING, "0.965", "81.00 ± 1.00", NOTHING, "0.900 ± 0.000",
+    )  # fmt: skip
     # 79 - 80 and 81 - 81; the branched network's third seed has no partner.
     assert rows["random-partition"] == (
-        "conversion.channels=random", "73.95", f"{MINUS}0.87 pp", "80.00 ± 1.41",
-        f"{MINUS}0.50 ± 0.71 pp (n = 2)",
+        "conversion.channels=random", "73.95", f"{MINUS}0.87 pp", NOTHING, "80.00 ± 1.41",
+        f"{MINUS}0.50 ± 0.71 pp (n = 2)", "0.900 ± 0.000",
     )  # fmt: skip
-    assert rows["λ = 0"][-2:] == ("not run", NOTHING)
+    assert rows["λ = 0"] == (
+        "finetune.resp_weight=0", "73.34", f"{MINUS}1.48 pp", NOTHING, "not run", NOTHING, NOTHING,
+    )  # fmt: skip
     assert "levels do not compare" in table.notes[0]
+
+
+def test_a_tree_of_another_size_is_an_ablation_too(found):
+    for name, share in (("sigma-branch", None), ("random-partition", None), ("pruned", 0.25)):
+        for some in found["rows"][name].values():
+            some["system"] |= {"active_share": share}
+    for some in found["rows"]["pruned"].values():
+        some["system"] = {"name": "sigma-branch", "settings": [], "active_share": 0.25}
+    rows = {line[0]: line[1:] for line in ablation_table(found).groups[0][1]}
+    assert list(rows) == ["sigma-branch", "pruned", "random-partition", "λ = 0"]
+    assert rows["pruned"][0] == "active_share=0.25"
+    assert rows["sigma-branch"][0] == NOTHING
 
 
 def test_ablations_need_the_network_that_they_change(found):

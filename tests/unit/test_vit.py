@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -111,6 +113,7 @@ def test_its_spec_survives_json_and_refuses_what_makes_no_network():
         {"depth": 0},
         {"mlp_ratio": 0},
         {"mlp_ratio": 0.001},
+        {"mlp_ratio": math.inf},
         {"tokens": 3},
     ):
         with pytest.raises(ConfigError):
@@ -123,7 +126,7 @@ def test_its_spec_survives_json_and_refuses_what_makes_no_network():
         ((128, 3), "takes images"),
         ((3, 16, 16), "model.in_channels=3"),
         ((1, 32, 32), "model.image_size=32"),
-        ((1, 16, 20), "16 x 20"),
+        ((1, 16, 20), "square images, these are 16 x 20"),
     ],
 )
 def test_data_that_do_not_fit_are_refused(shape, said):

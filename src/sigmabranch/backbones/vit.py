@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, D width, H heads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
@@ -51,7 +52,7 @@ class ViTSpec:
 
     def __post_init__(self) -> None:
         sizes = (self.image_size, self.patch, self.width, self.depth, self.heads, self.in_channels)
-        if min(*sizes, self.classes) < 1 or not self.mlp_ratio > 0 or self.hidden < 1:
+        if min(*sizes, self.classes) < 1 or not 0 < self.mlp_ratio < math.inf or self.hidden < 1:
             raise ConfigError("every size of a ViT must be at least 1, its mlp_ratio above 0")
         if self.image_size % self.patch:
             raise ConfigError(
@@ -81,7 +82,9 @@ class ViTSpec:
                 f"the images have {shape[0]} channels but the network is made for "
                 f"{self.in_channels}: use --set model.in_channels={shape[0]}"
             )
-        if shape[1:] != (self.image_size, self.image_size):
+        if shape[1] != shape[2]:
+            raise DataError(f"the network takes square images, these are {shape[1]} x {shape[2]}")
+        if shape[1] != self.image_size:
             raise DataError(
                 f"the images have {shape[1]} x {shape[2]} pixels but the network is made for "
                 f"squares of {self.image_size}: use --set model.image_size={shape[1]}"

@@ -61,6 +61,10 @@ class Bench:
         """A fresh copy of the trained source network, on :attr:`device`, in eval mode."""
         return self.chain.dense()
 
+    def teacher(self, recipe: Recipe) -> nn.Module | None:
+        """The source network, if ``recipe`` asks for imitation of it."""
+        return self.dense() if recipe.distill_weight else None
+
     def continued(self) -> nn.Module:
         """The source network, trained on with :attr:`recipe`; once for all rows that need it."""
         network = self.chain.dense()

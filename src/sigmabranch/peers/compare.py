@@ -159,7 +159,11 @@ class Comparison:
 
     def _measured(self, name: str, system: System) -> dict[int, dict[str, Any]]:
         paths = {seed: row_path(self.folder / f"seed{seed}", name) for seed in self.seeds}
-        return {seed: files.read_json(path) for seed, path in paths.items() if path.exists()}
+        # Rows of earlier versions get the fields that have come since.
+        settings = {"system": system.to_dict()}
+        return {
+            seed: files.read_json(path) | settings for seed, path in paths.items() if path.exists()
+        }
 
     def _source_accuracy(self, source: Chain) -> dict[str, Any]:
         path = source.folder / "accuracy.json"

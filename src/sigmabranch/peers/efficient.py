@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import math
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar
 
 import torch
@@ -21,8 +20,8 @@ from sigmabranch.tasks import Task
 
 # Images up to this side keep their last stages at an eighth of it.
 _SMALL = 64
-# Of the widths; from a few thousand parameters to a hundred million.
-_FACTORS = tuple(0.2 * 1.06**step for step in range(60))
+# Widths tried on either side of a guess.
+_STEPS = 10
 # A network that is this much larger or smaller says nothing about the tree.
 _NEAR = 0.15
 
@@ -49,15 +48,17 @@ class Efficient(System):
         """The network nearest to the tree's active size."""
         goal = active_params(task)
 
-        @cache
-        def size(factor: float) -> int:
-            with torch.device("meta"), suppress(ConfigError):
-                return parameters_of(self._build(task, factor))
-            return 0  # too narrow for four stages
-
-        above = bisect_left(_FACTORS, goal, key=size)
-        near = [factor for factor in _FACTORS[max(0, above - 1) : above + 1] if size(factor)]
-        return self._build(task, min(near, key=lambda factor: abs(size(factor) - goal)))
+        sizes: dict[float, int] = {}
+        with torch.device("meta"):
+            # Parameters grow with the square of the widths, nearly.
+            guess = math.sqrt(goal / parameters_of(self._build(task, 1.0)))
+            for step in range(-_STEPS, _STEPS + 1):
+                factor = guess * 1.05**step
+                with suppress(ConfigError):  # not all factors make four stages
+                    sizes[factor] = parameters_of(self._build(task, factor))
+        if not sizes:
+            raise ConfigError(f"no RegNetY is as small as {goal:,} parameters")
+        return self._build(task, min(sizes, key=lambda factor: abs(sizes[factor] - goal)))
 
     def _build(self, task: Task, factor: float) -> nn.Module:
         channels, _, side = input_shape(task.data.name, task.data.image_size)

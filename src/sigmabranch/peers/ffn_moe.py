@@ -5,26 +5,26 @@ made for language models with gated layers; here it is carried over to fc1, acti
 that often fire strongly become a shared expert; the rest are dealt into equal clusters of neurons
 that fire together, and one neuron of each cluster tells whether its cluster is worth computing.
 
-Shapes: B batch, T tokens (of all images), D width, H hidden width, N experts, S shared ones, R
-routed ones (N = S + R), M neurons an expert, K chosen experts, L layers.
+Shapes: T tokens (of all images), D width, H hidden width, N experts, S shared ones, R routed ones
+(N = S + R), K chosen experts.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sigmabranch.coupling import evaluating
-from sigmabranch.errors import ConfigError, MissingDependency
-from sigmabranch.measure import Load, module_costs
+from sigmabranch.errors import ConfigError
 from sigmabranch.peers.bench import Bench
+from sigmabranch.peers.expert_layer import ExpertLayer, FeedForward, feed_forwards
+from sigmabranch.peers.moe_net import MoeNet
+from sigmabranch.peers.neuron_groups import grouped
 from sigmabranch.peers.sizing import TOLERANCE, parameters_of
 from sigmabranch.peers.system import System, Trained, share
 from sigmabranch.tasks import Task
@@ -32,14 +32,6 @@ from sigmabranch.tasks.counting import example
 
 # Into how many an expert may be split to meet a size.
 _FINER = (1, 2, 4)
-
-
-class FeedForward(nn.Module):
-    """What any module is called here that :func:`feed_forwards` finds."""
-
-    fc1: nn.Linear
-    act: nn.Module
-    fc2: nn.Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,291 +250,3 @@ class FfnMoE(System):
             unread = (routed - self.active) * (ffn.fc1.out_features // self.experts)
             total += routed * (row + 1) - unread * neuron  # a router's row and a scale each
         return total
-
-
-class Choice(NamedTuple):
-    """What a router says of each token.
-
-    Attributes:
-        score: (T, R) float32, the softmax over routed experts.
-        chosen: (T, K) int64, the experts to compute.
-    """
-
-    score: Tensor
-    chosen: Tensor
-
-
-class ExpertRouter(nn.Module):
-    """Scores each expert by the activation of one of its own neurons.
-
-    In training mode every call moves the handicaps towards equal use, without gradient; they are a
-    buffer, so that a checkpoint holds them. As with the statistics of a batch norm, a step made of
-    several passes moves them several times.
-
-    Args:
-        gate: Linear(D, R), the neurons that speak for their experts.
-        act: the layer's activation.
-        active: K.
-        balance_rate: γ, by how much a call moves a handicap.
-    """
-
-    balance: Tensor
-
-    def __init__(self, gate: nn.Linear, act: nn.Module, active: int, balance_rate: float) -> None:
-        super().__init__()
-        self.gate, self.act, self.active, self.balance_rate = gate, act, active, balance_rate
-        self.register_buffer("balance", torch.zeros_like(gate.weight[:, 0]))
-
-    def forward(self, x_TD: Tensor) -> Choice:
-        """Scores and choice for each token."""
-        with torch.autocast(x_TD.device.type, enabled=False):
-            score_TR = self.act(self.gate(x_TD.float())).abs().softmax(dim=1)
-            chosen_TK = (score_TR.detach() + self.balance).topk(self.active, dim=1).indices
-        if self.training:
-            self._rebalance(chosen_TK)
-        return Choice(score_TR, chosen_TK)
-
-    @torch.no_grad()
-    def _rebalance(self, chosen_TK: Tensor) -> None:
-        load_R = F.one_hot(chosen_TK, len(self.balance)).sum(dim=(0, 1)).float()
-        self.balance -= self.balance_rate * (load_R - load_R.mean()).sign()
-
-
-class ExpertLayer(nn.Module):
-    """A feed-forward layer whose neurons lie expert by expert, the shared ones first.
-
-    Output: shared(x) + Σ over chosen experts of (1 + score·scale)·expert(x), where the scales start
-    at zero and fc2's bias is added once. In training mode all experts are computed and those not
-    chosen are multiplied by zero; in eval mode only those are computed that some token chose, and
-    only for these tokens.
-
-    Args:
-        ffn: the layer, with fc1, act and fc2; it is copied.
-        order_H: its neurons in their new order.
-        speaker_R: the neuron that speaks for each routed expert.
-        experts: N.
-        active: K.
-        balance_rate: see :class:`ExpertRouter`.
-    """
-
-    def __init__(
-        self,
-        ffn: FeedForward,
-        order_H: Tensor,
-        speaker_R: Tensor,
-        *,
-        experts: int,
-        active: int,
-        balance_rate: float,
-    ) -> None:
-        super().__init__()
-        self.experts, self.shared = experts, experts - len(speaker_R)
-        self.neurons = ffn.fc1.out_features // experts
-        self.fc1 = _rows(ffn.fc1, order_H)
-        self.act = copy.deepcopy(ffn.act)
-        self.fc2 = copy.deepcopy(ffn.fc2)
-        self.fc2.weight.data = ffn.fc2.weight.data[:, order_H.to(ffn.fc2.weight.device)]
-        self.router = ExpertRouter(_rows(ffn.fc1, speaker_R), self.act, active, balance_rate)
-        self.scale = nn.Parameter(torch.zeros_like(self.router.balance))
-        self.train(ffn.training)
-
-    @property
-    def expert_params(self) -> int:
-        """Parameters of one expert."""
-        bias = 0 if self.fc1.bias is None else self.neurons
-        return self.neurons * (self.fc1.in_features + self.fc2.out_features) + bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, ..., D) → (B, ..., D)."""
-        x_TD = x.flatten(0, -2)
-        score_TR, chosen_TK = self.router(x_TD)
-        gain_TR = 1 + score_TR * self.scale
-        compute = self._masked if self.training else self._dispatched
-        return compute(x_TD, gain_TR, chosen_TK).unflatten(0, x.shape[:-1])
-
-    def _masked(self, x_TD: Tensor, gain_TR: Tensor, chosen_TK: Tensor) -> Tensor:
-        used_TR = torch.zeros_like(gain_TR).scatter(1, chosen_TK, 1.0)
-        weight_TN = F.pad(gain_TR * used_TR, (self.shared, 0), value=1.0)
-        hidden_TNM = self.act(self.fc1(x_TD)).unflatten(1, (self.experts, self.neurons))
-        return self.fc2((hidden_TNM * weight_TN[:, :, None]).flatten(1))
-
-    def _dispatched(self, x_TD: Tensor, gain_TR: Tensor, chosen_TK: Tensor) -> Tensor:
-        out_TD = self._part(x_TD, 0, self.shared, self.fc2.bias)
-        for expert in chosen_TK.unique().tolist():
-            token_t = (chosen_TK == expert).any(dim=1).nonzero().squeeze(1)
-            first = self.shared + expert
-            part_tD = self._part(x_TD[token_t], first, first + 1)
-            part_tD = gain_TR[token_t, expert, None] * part_tD
-            out_TD = out_TD.index_add(0, token_t, part_tD.to(out_TD.dtype))
-        return out_TD
-
-    def _part(self, x_TD: Tensor, start: int, stop: int, bias: Tensor | None = None) -> Tensor:
-        """What experts ``start`` to ``stop`` make of the tokens, plus ``bias``."""
-        own = slice(start * self.neurons, stop * self.neurons)
-        own_bias = None if self.fc1.bias is None else self.fc1.bias[own]
-        hidden_TM = self.act(F.linear(x_TD, self.fc1.weight[own], own_bias))
-        return F.linear(hidden_TM, self.fc2.weight[:, own], bias)
-
-
-class MoeNet(nn.Module):
-    """A network whose feed-forward layers are :class:`ExpertLayer`; its active size varies.
-
-    Every token takes as many experts as any other, so the multiply-adds are the same for all
-    inputs; what is read depends on how alike the tokens of an image are.
-
-    Args:
-        model: the carved network, (B, ...) → (B, V) logits, images along the first axis of what its
-            feed-forward layers see.
-        example: one input, (1, ...), to count on.
-    """
-
-    expert_params: Tensor
-
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
-        super().__init__()
-        self.model = model
-        # Dispatch computes K experts a token whatever the input, so any input gives the count.
-        self.total_params, self.macs = module_costs(model, example)[""]
-        layers = self.layers()
-        prices = [layer.expert_params for layer in layers for _ in layer.scale]
-        self.params_per_token = self.total_params - sum(
-            layer.expert_params * (len(layer.scale) - layer.router.active) for layer in layers
-        )
-        device = layers[0].scale.device
-        self.register_buffer("expert_params", torch.tensor(prices, device=device), persistent=False)
-
-    def layers(self) -> list[ExpertLayer]:
-        """The layers with experts, in order."""
-        return [module for module in self.model.modules() if isinstance(module, ExpertLayer)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, V)."""
-        return self.model(x)
-
-    def with_load(self, x: Tensor) -> tuple[Tensor, Load]:
-        """Logits (B, V) and load; choices are the experts that any token of an image took."""
-        chosen: dict[nn.Module, Tensor] = {}
-
-        def keep(router: nn.Module, _: tuple[Tensor, ...], choice: Choice) -> None:
-            chosen[router] = choice.chosen
-
-        hooks = [layer.router.register_forward_hook(keep) for layer in self.layers()]
-        try:
-            logits_BV = self.model(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        used_BLR = [_union(chosen[layer.router], layer, len(x)) for layer in self.layers()]
-        choices_BG = torch.cat(used_BLR, dim=1)
-        unused_B = (~choices_BG * self.expert_params).sum(dim=1)
-        macs_B = torch.full_like(unused_B, self.macs)
-        return logits_BV, Load(self.total_params - unused_B, macs_B, choices_BG)
-
-    def bounds(self) -> dict[str, dict[str, int]]:
-        """From an image whose tokens all agree to one whose tokens take every expert."""
-        return {
-            "least": {"active_params": self.params_per_token, "macs": self.macs},
-            "most": {"active_params": self.total_params, "macs": self.macs},
-        }
-
-    def no_weight_decay(self) -> set[str]:
-        """What the network inside exempts."""
-        names: Iterable[str] = getattr(self.model, "no_weight_decay", tuple)()
-        return {f"model.{name}" for name in names}
-
-
-def feed_forwards(model: nn.Module) -> dict[str, FeedForward]:
-    """The modules of ``model`` that compute fc2(act(fc1(x))) and nothing else, by path."""
-    return {
-        path: cast(FeedForward, module)
-        for path, module in model.named_modules()
-        if _is_feed_forward(module)
-    }
-
-
-def grouped(together_HH: Tensor, experts: int, shared: int) -> tuple[Tensor, Tensor]:
-    """Deal neurons into experts of equal size by which tokens mark them.
-
-    The L1 distance between two neurons' markers, one bit a token, follows from how often each is
-    marked and how often both are; so does the distance from a mean of such markers. Clusters start
-    from the leftovers that are marked most and take one pass of balanced assignment, as in the
-    original code.
-
-    Args:
-        together_HH: tokens that mark both neurons, symmetric; the diagonal counts one neuron's.
-        experts: N.
-        shared: S.
-
-    Returns:
-        (H,) the neurons expert by expert, shared ones first; (R,) the neuron of each routed expert
-        nearest to the mean of its markers.
-
-    Raises:
-        MissingDependency: scipy is not installed.
-    """
-    rate_H = together_HH.diagonal()
-    by_rate_H = rate_H.argsort(descending=True, stable=True)
-    size = len(rate_H) // experts
-    common_H, left_J = by_rate_H.tensor_split([shared * size])
-    if len(left_J) == size:
-        cluster_J = torch.zeros_like(left_J)
-    else:
-        start_R = left_J[: experts - shared]
-        apart_JR = rate_H[left_J, None] + rate_H[start_R] - 2 * together_HH[left_J][:, start_R]
-        cluster_J = _balanced(apart_JR, size)
-    members = [left_J[cluster_J == cluster] for cluster in range(experts - shared)]
-    speakers = [_nearest_to_mean(together_HH, member_M) for member_M in members]
-    return torch.cat([common_H, *members]), torch.stack(speakers)
-
-
-def _balanced(cost_JR: Tensor, size: int) -> Tensor:
-    """(J,) the cluster of each row, ``size`` rows to a cluster, at the least total cost."""
-    try:
-        from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 (an optional package)
-    except ImportError as error:
-        raise MissingDependency("scipy", "peers", "dealing neurons into experts") from error
-    _, seat_J = linear_sum_assignment(cost_JR.repeat_interleave(size, dim=1).numpy())
-    return torch.from_numpy(seat_J) // size
-
-
-def _nearest_to_mean(together_HH: Tensor, member_M: Tensor) -> Tensor:
-    """The member whose markers are nearest in L1 to the mean c of all members'.
-
-    Σ_t |a_t − c_t| = Σ_t c_t + Σ_t a_t − 2·Σ_t a_t·c_t for bits a_t and c_t in [0, 1], and the
-    first sum is the same for all members.
-    """
-    own_MM = together_HH[member_M][:, member_M]
-    return member_M[(own_MM.diagonal() - 2 * own_MM.mean(dim=1)).argmin()]
-
-
-def _is_feed_forward(module: nn.Module) -> bool:
-    children = dict(module.named_children())
-    fc1, fc2 = children.pop("fc1", None), children.pop("fc2", None)
-    if not isinstance(fc1, nn.Linear) or not isinstance(fc2, nn.Linear):
-        return False
-    if isinstance(module, ExpertLayer) or children.pop("act", None) is None:
-        return False
-    return fc1.out_features == fc2.in_features and all(map(_does_nothing, children.values()))
-
-
-def _does_nothing(module: nn.Module) -> bool:
-    return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0)
-
-
-def _rows(linear: nn.Linear, row: Tensor) -> nn.Linear:
-    """A copy of ``linear`` with those output rows."""
-    row = row.to(linear.weight.device)
-    taken = nn.Linear(
-        linear.in_features, len(row), linear.bias is not None, device="meta"
-    ).to_empty(device=linear.weight.device)
-    taken.weight.data = linear.weight.data[row].clone()
-    if linear.bias is not None:
-        taken.bias.data = linear.bias.data[row].clone()
-    return taken
-
-
-def _union(chosen_TK: Tensor, layer: ExpertLayer, images: int) -> Tensor:
-    """(B, R) bool: the experts that any of an image's tokens chose."""
-    chosen_BX = chosen_TK.view(images, -1)
-    used_BR = torch.zeros(images, len(layer.scale), dtype=torch.bool, device=chosen_TK.device)
-    return used_BR.scatter_(1, chosen_BX, True)

@@ -7,28 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sigmabranch.backbones import ResNetSpec
 from sigmabranch.coupling import CouplingMap
-from sigmabranch.errors import ConfigError
 from sigmabranch.peers.bench import Bench
+from sigmabranch.peers.filters import FilterGroup, coupled_groups, is_shortcut
 from sigmabranch.peers.masking import MaskedNet, MaskingObjective
-from sigmabranch.peers.pruning import (
-    FilterGroup,
-    FilterPruning,
-    coupled_groups,
-    is_shortcut,
-    positions_of_best,
-)
-from sigmabranch.peers.system import Trained, share
+from sigmabranch.peers.pruning import FilterPruning, kept_per_group, positions_of_best
+from sigmabranch.peers.system import Trained, check_choices, share
 from sigmabranch.tasks import Task
 from sigmabranch.tasks.counting import example
-
-Convention = Literal["inner", "official", "coupled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +42,13 @@ class Fpgm(FilterPruning):
     summary: ClassVar[str] = "static: filters near the geometric median removed, softly"
 
     rate: float = 0.3
-    convention: Convention = "inner"
+    convention: Literal["inner", "official", "coupled"] = "inner"
     norm_rate: float = 0.0
 
     def __post_init__(self) -> None:
         share("fpgm rate", self.rate)
         share("fpgm norm_rate", self.norm_rate)
-        if self.convention not in get_args(Convention):
-            raise ConfigError(
-                f"fpgm convention is {self.convention!r}, choose one of "
-                f"{', '.join(get_args(Convention))}"
-            )
+        check_choices(self, "convention")
 
     def groups(self, model: nn.Module, coupling: CouplingMap) -> list[FilterGroup]:
         """What is removed together under the convention."""
@@ -82,26 +70,25 @@ class Fpgm(FilterPruning):
 
     def details(self, network: nn.Module, task: Task) -> dict[str, Any]:
         """The filters, and what the authors' script would print for the official convention."""
-        spec = task.model
-        if self.convention != "official" or self.norm_rate:
-            return super().details(network, task)
-        if not isinstance(spec, ResNetSpec) or spec.block != "bottleneck":
-            return super().details(network, task)
-        before, after = (_script_macs(spec, example(task).shape[-1], r) for r in (0.0, self.rate))
-        reduction = 100 * (1 - after / before)
-        return {**super().details(network, task), "script_flops_reduction_percent": reduction}
+        found, spec = super().details(network, task), task.model
+        scripted = self.convention == "official" and not self.norm_rate
+        if scripted and isinstance(spec, ResNetSpec) and spec.block == "bottleneck":
+            side = example(task).shape[-1]
+            before, after = (_script_macs(spec, side, rate) for rate in (0.0, self.rate))
+            found["script_flops_reduction_percent"] = 100 * (1 - after / before)
+        return found
 
     def run(self, bench: Bench) -> Trained:
         """Train under masks with the bench's recipe, then remove what is masked."""
+        self.check(bench.task)
         layout, recipe = self.layout(bench.task), bench.recipe
-        self.counts(layout)
         net = MaskedNet(bench.dense(), layout.groups)
         objective = MaskingObjective(
             net,
             recipe,
             periods=recipe.epochs,
             choose=lambda epoch: self.chosen(net.network, layout.groups),
-            teacher=bench.dense() if recipe.distill_weight else None,
+            teacher=bench.teacher(recipe),
         )
         bench.train(net, objective)
         kept = net.kept()
@@ -109,7 +96,7 @@ class Fpgm(FilterPruning):
             network=layout.cut(net.network, kept).eval(),
             recipe=recipe,
             epochs=bench.epochs,
-            notes={"filters_kept": {name: len(positions) for name, positions in kept.items()}},
+            notes=kept_per_group(kept),
         )
 
     def chosen(self, network: nn.Module, groups: Sequence[FilterGroup]) -> dict[str, Tensor]:

@@ -5,34 +5,33 @@ Shapes: B batch, C filters, H, W a map's sides.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from sigmabranch.conversion import Shards
+from sigmabranch.conversion.shards import Loader
 from sigmabranch.coupling import CouplingMap, evaluating
 from sigmabranch.errors import ConfigError
 from sigmabranch.peers.bench import Bench
-from sigmabranch.peers.masking import MaskedNet, MaskingObjective
-from sigmabranch.peers.pruning import (
+from sigmabranch.peers.filters import (
     FilterGroup,
-    FilterPruning,
-    Layout,
+    Kept,
     convolutions,
     coupled_groups,
     is_shortcut,
-    positions_of_best,
     stage_of,
 )
-from sigmabranch.peers.system import Trained, share
+from sigmabranch.peers.layout import Layout
+from sigmabranch.peers.masking import MaskedNet, MaskingObjective
+from sigmabranch.peers.pruning import FilterPruning, kept_per_group, positions_of_best
+from sigmabranch.peers.system import Trained, check_choices, share
 from sigmabranch.tasks import Task
-
-Mode = Literal["progressive", "oneshot"]
-Convention = Literal["physical", "literal"]
 
 #: Rates of the stem and of each stage, by the parameter reduction they are known under.
 PUBLISHED: Mapping[int, tuple[float, ...]] = {62: (0.2, 0.8, 0.8, 0.55, 0.45)}
@@ -62,8 +61,8 @@ class HRank(FilterPruning):
 
     rates: int = 62
     rate: float | None = None
-    mode: Mode = "oneshot"
-    convention: Convention = "physical"
+    mode: Literal["progressive", "oneshot"] = "oneshot"
+    convention: Literal["physical", "literal"] = "physical"
     samples: int = 500
 
     def __post_init__(self) -> None:
@@ -74,15 +73,7 @@ class HRank(FilterPruning):
                 f"hrank layer rates of the setting {self.rates} are not published (of 44 and 76 "
                 f"only results are): choose rates={', '.join(map(str, PUBLISHED))} or set rate"
             )
-        if self.mode not in get_args(Mode):
-            raise ConfigError(
-                f"hrank mode is {self.mode!r}, choose one of {', '.join(get_args(Mode))}"
-            )
-        if self.convention not in get_args(Convention):
-            raise ConfigError(
-                f"hrank convention is {self.convention!r}, choose one of "
-                f"{', '.join(get_args(Convention))}"
-            )
+        check_choices(self, "mode", "convention")
         if self.samples < 1:
             raise ConfigError(f"hrank samples must be at least 1, got {self.samples}")
 
@@ -127,8 +118,7 @@ class HRank(FilterPruning):
             )
         self.check(bench.task)
         layout, dense = self.layout(bench.task), bench.dense()
-        batches = bench.calibration().part(0, 1, self.samples)
-        kept = self.chosen(dense, layout, (x for x, _ in batches))
+        kept = self.chosen(dense, layout, bench.calibration(), bench.chain.engine.shards)
         if self.mode == "oneshot":
             network = layout.cut(dense, kept)
             bench.train(network)
@@ -138,16 +128,17 @@ class HRank(FilterPruning):
             network=network.eval(),
             recipe=bench.recipe,
             epochs=bench.epochs,
-            notes={"filters_kept": {name: len(positions) for name, positions in kept.items()}},
+            notes=kept_per_group(kept),
         )
 
     def chosen(
-        self, network: nn.Module, layout: Layout, inputs: Iterable[Tensor]
+        self, network: nn.Module, layout: Layout, batches: Loader, shards: Shards = Shards()
     ) -> dict[str, Tensor]:
         """Group name → positions of the filters that stay, by rank, nuclear norm, position."""
         counts = self.counts(layout)
         maps = {conv: _map_of(network, conv) for group in layout.groups for conv in group.convs}
-        scores = map_scores(network, inputs, sorted(set(maps.values())))
+        inputs = (x for x, _ in shards.own(batches, self.samples))
+        scores = map_scores(network, inputs, sorted(set(maps.values())), shards)
         result = {}
         for group in layout.groups:
             # A block's last convolution and its shortcut share one map; it counts once.
@@ -159,25 +150,26 @@ class HRank(FilterPruning):
         return result
 
     def _masked_bit_by_bit(
-        self, bench: Bench, dense: nn.Module, layout: Layout, kept: Mapping[str, Tensor]
+        self, bench: Bench, dense: nn.Module, layout: Layout, kept: Kept
     ) -> nn.Module:
         """Mask the stem, then block after block; a stream's filters go with its first block."""
-        turn = {group.name: group.name.rpartition(".")[0] for group in layout.groups}
-        owners = list(dict.fromkeys(conv.rpartition(".")[0] for conv in _unbranched(dense)))
+        owners = list(dict.fromkeys(_owner(conv) for conv in _unbranched(dense)))
         net = MaskedNet(dense, layout.groups)
+
+        def due(turn: int) -> dict[str, Tensor]:
+            """What is not yet masked: ranks taken again by a resumed run may differ a little."""
+            whole = {name: len(kept[name]) < len(found) for name, found in net.kept().items()}
+            return {n: kept[n] for n in kept if whole[n] and owners.index(_owner(n)) <= turn}
+
         objective = MaskingObjective(
             net,
             bench.recipe,
             periods=len(owners),
-            choose=lambda period: {
-                name: kept[name] for name in kept if owners.index(turn[name]) <= period
-            },
-            teacher=bench.dense() if bench.recipe.distill_weight else None,
+            choose=due,
+            teacher=bench.teacher(bench.recipe),
         )
         bench.train(net, objective)
-        # A training of fewer steps than blocks ends before the last one's turn.
-        found = net.kept()
-        net.mask({name: kept[name] for name in kept if len(kept[name]) < len(found[name])})
+        net.mask(due(len(owners)))  # a training of fewer steps than blocks ends before the last
         return layout.cut(net.network, net.kept())
 
     def _rate(self, stage: int) -> float:
@@ -185,35 +177,41 @@ class HRank(FilterPruning):
 
 
 def map_scores(
-    network: nn.Module, inputs: Iterable[Tensor], paths: Iterable[str]
+    network: nn.Module,
+    inputs: Iterable[Tensor],
+    paths: Sequence[str],
+    shards: Shards = Shards(),
 ) -> dict[str, Tensor]:
     """Mean rank and mean nuclear norm of the maps that modules put out.
 
     Args:
         network: put into eval mode for the while.
-        inputs: batches (B, ...) on the network's device.
+        inputs: this process's batches, (B, ...).
         paths: of modules that return (B, C, H, W).
+        shards: the processes that divide the batches; all get the same scores.
 
     Returns:
         By path: (2, C) float64 on the CPU, ranks first.
     """
-    sums: dict[str, Tensor | float] = dict.fromkeys(paths, 0.0)
+    sums: dict[str, Tensor] = {}
 
     def add(path: str, module: nn.Module, args: Any, map_BCHW: Tensor) -> None:
-        sums[path] = sums[path] + torch.stack(_rank_and_norm(map_BCHW)).sum(1)
+        score_2C = torch.stack(_rank_and_norm(map_BCHW)).sum(1)
+        sums[path] = sums[path] + score_2C if path in sums else score_2C
 
-    samples = 0
+    device, samples = next(network.parameters()).device, 0
     with ExitStack() as stack:
         for context in (evaluating(network), torch.no_grad()):
             stack.enter_context(context)
-        for path in sums:
+        for path in paths:
             hook = network.get_submodule(path).register_forward_hook(partial(add, path))
             stack.callback(hook.remove)
         for batch in inputs:
-            for x in batch.split(_PASS):
+            for x in batch.to(device).split(_PASS):
                 network(x)
                 samples += len(x)
-    return {path: torch.as_tensor(total) / samples for path, total in sums.items()}
+    total = shards.sum(torch.tensor(samples))
+    return {path: shards.sum(sums[path]) / total for path in paths}
 
 
 def _rank_and_norm(map_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,6 +225,11 @@ def _rank_and_norm(map_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     return rank_BC.double().cpu(), values.double().sum(-1).cpu()
 
 
+def _owner(conv: str) -> str:
+    """Path of the block that a convolution belongs to, empty for the stem's."""
+    return conv.rpartition(".")[0]
+
+
 def _unbranched(network: nn.Module) -> list[str]:
     return [conv for conv in convolutions(network) if not is_shortcut(conv)]
 
@@ -235,6 +238,6 @@ def _map_of(network: nn.Module, conv: str) -> str:
     """Path of the ReLU whose output shows a filter; behind the addition for a block's last."""
     if is_shortcut(conv):
         block = conv.removesuffix(".downsample.0")
-        conv = [other for other in _unbranched(network) if other.startswith(f"{block}.")][-1]
+        conv = [other for other in _unbranched(network) if _owner(other) == block][-1]
     owner, dot, leaf = conv.rpartition(".")
     return owner + dot + leaf.replace("conv", "act")

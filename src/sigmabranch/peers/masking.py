@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sigmabranch.peers.pruning import FilterGroup, Kept
+from sigmabranch.peers.filters import FilterGroup, Kept
 from sigmabranch.training import Recipe, StepOutput
 from sigmabranch.training.objectives import DenseObjective
 

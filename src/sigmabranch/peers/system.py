@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 from torch import nn
 
@@ -122,3 +122,14 @@ def share(name: str, value: float) -> None:
     """Raise :class:`ConfigError` unless ``value`` is a rate that can be pruned: in [0, 1)."""
     if not 0 <= value < 1:
         raise ConfigError(f"{name} must be in [0, 1), got {value}")
+
+
+def check_choices(system: System, *names: str) -> None:
+    """Raise :class:`ConfigError` where a field has none of its choices."""
+    hints = get_type_hints(type(system))
+    for name in names:
+        value, choices = getattr(system, name), get_args(hints[name])
+        if value not in choices:
+            raise ConfigError(
+                f"{system.name} {name} is {value!r}: choose one of {', '.join(choices)}"
+            )

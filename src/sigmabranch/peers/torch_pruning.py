@@ -14,8 +14,10 @@ from torch import nn
 
 from sigmabranch.errors import MissingDependency
 from sigmabranch.peers.bench import Bench
-from sigmabranch.peers.pruning import FilterGroup, FilterPruning
+from sigmabranch.peers.filters import FilterGroup
+from sigmabranch.peers.pruning import FilterPruning
 from sigmabranch.peers.system import Trained, share
+from sigmabranch.tasks import Task
 
 # Batches whose gradients the Taylor score adds up.
 _TAYLOR_BATCHES = 10
@@ -33,6 +35,11 @@ class _Uniform(FilterPruning):
     def remaining(self, group: FilterGroup, size: int) -> int:
         """How many of ``size`` filters stay, rounded as the package does."""
         return int(size * (1 - self.rate))
+
+    def check(self, task: Task) -> None:
+        """What every pruning refuses, and Torch-Pruning must be installed."""
+        super().check(task)
+        _torch_pruning()
 
     def run(self, bench: Bench) -> Trained:
         """Prune the source network at once, then fine-tune with the bench's recipe."""

@@ -13,11 +13,12 @@ for _package in ("matplotlib", "jinja2"):
     if find_spec(_package) is None:
         raise MissingDependency(_package, "report", "Drawing the report")
 
+from sigmabranch.report.ablation_table import ablation_table  # noqa: E402
 from sigmabranch.report.comparison import comparison_table  # noqa: E402
 from sigmabranch.report.comparison_page import write_comparison  # noqa: E402
 from sigmabranch.report.main_table import main_rows, main_table  # noqa: E402
 from sigmabranch.report.page import Run, write_report  # noqa: E402
-from sigmabranch.report.published_table import ablation_table, published_table  # noqa: E402
+from sigmabranch.report.published_table import published_table  # noqa: E402
 from sigmabranch.report.recipe_table import recipe_table  # noqa: E402
 from sigmabranch.report.systems_table import systems_table  # noqa: E402
 from sigmabranch.report.tables import (  # noqa: E402

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from sigmabranch.report.compared import Compared, Entry, Range, read_comparison
+from sigmabranch.report.compared import Compared, Entry, Range
+from sigmabranch.report.comparison_reader import read_comparison
 from sigmabranch.report.tables import NOTHING, Table, minus, sampling_note
 from sigmabranch.tasks import Spread
 
@@ -19,7 +20,7 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
         found: what ``sigmabranch compare`` writes.
 
     Raises:
-        CheckpointError, ConfigError: see :func:`~sigmabranch.report.compared.read_comparison`.
+        CheckpointError, ConfigError: see :func:`.read_comparison`.
     """
     return compared_table(read_comparison(found))
 
@@ -115,7 +116,11 @@ def _notes(compared: Compared) -> tuple[str, ...]:
         else f"of the single seed {seeds}, whose deviation is not known"
     )
     source = ", ".join(map(str, compared.reference.top1_by_seed))
-    failed = (f"Failed: {'; '.join(compared.failed)}.",) if compared.failed else ()
+    missing = [
+        f"{why}: {'; '.join(lines)}."
+        for why, lines in (("Failed", compared.failed), ("Left out", compared.skipped))
+        if lines
+    ]
     return (
         f"Top-1: {spread}, all from one source network (seed {source}); the test split chose "
         "nothing. Rows without a note share the recipe of fine-tuning; epochs include the source "
@@ -125,6 +130,6 @@ def _notes(compared: Compared) -> tuple[str, ...]:
         "usage, 1 being even. Time: of one input on the CPU, weights in memory, over the source "
         "network's at the same moment.",
         sampling_note(compared.evaluation),
-        *failed,
+        *missing,
         compared.convention,
     )

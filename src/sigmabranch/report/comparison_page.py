@@ -12,11 +12,13 @@ from markupsafe import Markup
 
 from sigmabranch.files import atomic_write
 from sigmabranch.report import style
-from sigmabranch.report.compared import Compared, Entry, read_comparison
+from sigmabranch.report.ablation_table import compared_ablations
+from sigmabranch.report.compared import Compared, Entry
 from sigmabranch.report.comparison import compared_table
-from sigmabranch.report.comparison_figures import accuracy_by_bytes, accuracy_by_macs, leaf_maps
+from sigmabranch.report.comparison_figures import accuracy_by_bytes, accuracy_by_macs
+from sigmabranch.report.comparison_reader import read_comparison
+from sigmabranch.report.leaf_maps import leaf_maps
 from sigmabranch.report.page import inline_svg
-from sigmabranch.report.published_table import ablations, compared_ablations
 from sigmabranch.report.recipe_table import written
 from sigmabranch.report.tables import Table, change_percent, percent, signed_points
 
@@ -34,7 +36,7 @@ def write_comparison(found: Mapping[str, Any], folder: Path | str) -> tuple[Tabl
         The table, and the path of the page, which needs none of the other files.
 
     Raises:
-        CheckpointError, ConfigError: see :func:`~sigmabranch.report.compared.read_comparison`;
+        CheckpointError, ConfigError: see :func:`.read_comparison`;
             CheckpointError also where the folder cannot be written.
     """
     folder, compared = Path(folder), read_comparison(found)
@@ -80,7 +82,7 @@ def _page(compared: Compared, table: Table, pictures: Iterable[tuple[str, str]])
     environment = Environment(
         loader=PackageLoader("sigmabranch.report"), autoescape=True, trim_blocks=True
     )
-    ablated = compared.branched and ablations(compared)
+    ablated = compared.branched and compared.ablations
     return environment.get_template("comparison.html").render(
         compared=compared,
         tiles=list(_tiles(compared)),

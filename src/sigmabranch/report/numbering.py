@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import permutations
 from typing import TypeAlias
 
 import numpy as np
@@ -65,8 +66,8 @@ def place_numbers(at: Mapping[int, Place], corners: np.ndarray) -> dict[int, Pla
         at: number → its point.
         corners: (2, 2), of the plot.
     """
+    heaps = _heaps(at, corners)
     placed: dict[int, Place] = {}
-    heaps = list(_heaps(at))
     for heap in heaps:
         if len(heap) >= _HEAP:
             placed |= _columns(heap, at, corners)
@@ -77,8 +78,36 @@ def place_numbers(at: Mapping[int, Place], corners: np.ndarray) -> dict[int, Pla
     return placed
 
 
-def _heaps(at: Mapping[int, Place]) -> Iterator[list[int]]:
-    """Numbers whose points hang together."""
+def _heaps(at: Mapping[int, Place], corners: np.ndarray) -> list[list[int]]:
+    """Numbers whose points hang together, joined until no heap's columns meet another heap."""
+    heaps = list(_hanging_together(at))
+    while pair := _meeting(heaps, at, corners):
+        one, other = sorted(pair)
+        heaps[one] += heaps.pop(other)
+    return heaps
+
+
+def _meeting(
+    heaps: Sequence[Sequence[int]], at: Mapping[int, Place], corners: np.ndarray
+) -> tuple[int, int] | None:
+    """Two heaps of which the first one's columns hide a point or a number of the second."""
+    columns = [_columns(heap, at, corners).values() if len(heap) >= _HEAP else () for heap in heaps]
+    for one, other in permutations(range(len(heaps)), 2):
+        dots = [at[number] for number in heaps[other]]
+        if any(_hides(place, columns[other], dots) for place in columns[one]):
+            return one, other
+    return None
+
+
+def _hides(place: Place, numbers: Collection[Place], dots: Collection[Place]) -> bool:
+    """Whether a number at ``place`` would lie on one of ``numbers`` or of the points ``dots``."""
+    width, height = _NUMBER
+    return any(_touch(place, other, 2 * width, height) for other in numbers) or any(
+        _touch(place, dot, width + _DOT, height / 2 + _DOT) for dot in dots
+    )
+
+
+def _hanging_together(at: Mapping[int, Place]) -> Iterator[list[int]]:
     left = list(at)
     while left:
         heap = [left.pop(0)]
@@ -139,8 +168,6 @@ def _near(
         for right, up in _DIRECTIONS:
             place = (point[0] + ring * right, point[1] + ring * up)
             inside = low_x + width < place[0] < high_x and low_y + height < place[1] < high_y
-            on_dot = any(_touch(place, dot, width + _DOT, height / 2 + _DOT) for dot in dots)
-            on_number = any(_touch(place, other, 2 * width, height) for other in numbers)
-            if inside and not on_dot and not on_number:
+            if inside and not _hides(place, numbers, dots):
                 return place
     return place

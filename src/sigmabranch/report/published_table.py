@@ -1,4 +1,4 @@
-"""Other people's figures beside ours: printed rows against exact counts, and ablations."""
+"""Printed figures of other systems beside our exact counts (the paper's tables IV and V)."""
 
 from __future__ import annotations
 
@@ -6,27 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sigmabranch.errors import ConfigError
-from sigmabranch.report.compared import Compared, Entry, read_comparison
-from sigmabranch.report.tables import NOTHING, Table, minus, signed_points
-from sigmabranch.tasks import Spread
-from sigmabranch.tasks.published import (
-    PUBLISHED,
-    PUBLISHED_ABLATION,
-    Printer,
-    Published,
-    PublishedAblation,
-)
+from sigmabranch.report.tables import NOTHING, Table, minus
+from sigmabranch.tasks.published import PUBLISHED, Printer, Published
 
 _PRINTED = (
     "Printed figures are those of their sources; a dash is what a source does not print. Start: "
     "top-1 of the dense network. In brackets: what is saved of the dense network."
-)
-_PAPERS = (
-    "The paper's column is its ablation on ImageNet-1K, another data set and schedule unless this "
-    "comparison is of them: its levels do not compare with ours, at best the signs of its changes. "
-    "It prints no deviation over seeds.",
-    "Ours: mean ± standard deviation; changes are paired by seed, each against the branched "
-    "network of the same seed.",
 )
 
 
@@ -145,82 +130,3 @@ def _best(counted: Mapping[str, tuple[float, float]]) -> str:
     off = {label: 100 * (ours / goal - 1) for label, (ours, goal) in counted.items()}
     best = min(off, key=lambda label: abs(off[label]))
     return f"{best} ({minus(f'{off[best]:+.2f}')}%)"
-
-
-# -- ablations -----------------------------------------------------------------------------------
-
-
-def ablation_table(found: Mapping[str, Any]) -> Table:
-    """The branched network with one thing changed at a time, beside the paper's ablation.
-
-    Args:
-        found: what ``sigmabranch compare`` writes.
-
-    Raises:
-        CheckpointError: see :func:`~sigmabranch.report.compared.read_comparison`.
-        ConfigError: see there; or the branched network itself is not among the rows.
-    """
-    return compared_ablations(read_comparison(found))
-
-
-def compared_ablations(compared: Compared) -> Table:
-    """The same, of a comparison that has been read."""
-    base = compared.branched
-    if base is None:
-        raise ConfigError(
-            "ablations are changes of the branched network, which is not among the rows: "
-            "add it with --rows branched,ablations"
-        )
-    printed = {row.settings: row for row in PUBLISHED_ABLATION}
-    full = printed[()]
-    made = [base, *ablations(compared)]
-    lines = [
-        _ablation(printed.pop(tuple(entry.system["settings"]), None), full, entry, base)
-        for entry in made
-    ]
-    missing = [_ablation(row, full, None, base) for row in printed.values()]
-    return Table(
-        header=("", "changed", "paper, top-1 %", "paper, change", "ours, top-1 %", "ours, change"),
-        groups=(("", (*lines, *missing)),),
-        notes=(*_PAPERS, *_marks(made)),
-    )
-
-
-def _marks(entries: Sequence[Entry]) -> Iterator[str]:
-    for entry in entries:
-        for note in entry.footnotes:
-            yield f"{entry.name}: {note}."
-
-
-def ablations(compared: Compared) -> list[Entry]:
-    """Rows that are the branched network with settings changed."""
-    return [
-        entry
-        for entry in compared.entries
-        if entry.system["name"] == "sigma-branch" and entry.system["settings"]
-    ]
-
-
-def _ablation(
-    printed: PublishedAblation | None, full: PublishedAblation, entry: Entry | None, base: Entry
-) -> tuple[str, ...]:
-    settings = printed.settings if entry is None and printed else (entry or base).system["settings"]
-    theirs = (NOTHING, NOTHING)
-    if printed:
-        change = signed_points(printed.top1 - full.top1) if printed.settings else NOTHING
-        theirs = (f"{printed.top1:.2f}", change)
-    ours = ("not run", NOTHING)
-    if entry:
-        ours = (entry.top1.to_text(), NOTHING if entry is base else _paired(entry, base))
-    name = entry.name if entry else printed.title if printed else ""
-    return (name, ", ".join(settings) or NOTHING, *theirs, *ours)
-
-
-def _paired(entry: Entry, base: Entry) -> str:
-    """Change in points over the seeds that both have."""
-    both = sorted(entry.top1_by_seed.keys() & base.top1_by_seed.keys())
-    if not both:
-        return NOTHING
-    change = Spread.of([entry.top1_by_seed[seed] - base.top1_by_seed[seed] for seed in both])
-    deviation = "" if change.sd is None else f" ± {change.sd:.2f}"
-    return f"{signed_points(change.mean).removesuffix(' pp')}{deviation} pp (n = {change.n})"

@@ -343,7 +343,8 @@ class Chain:
             with suppress(MissingDependency):
                 listeners.append(TensorBoardLog(folder / "tensorboard"))
         if self.watch is not None:
-            listeners.append(partial(self.watch, folder.name))
+            step = folder.relative_to(self.folder).as_posix().removeprefix("rows/")
+            listeners.append(partial(self.watch, step))
 
         def tell(event: Event) -> None:
             for listener in listeners:
