@@ -199,7 +199,7 @@ def test_an_unknown_peer_row_or_setting_is_refused(task):
         find_system("fpgn")
     with pytest.raises(ConfigError, match="unknown single-path key 'matsch': did you mean match"):
         find_system("single-path", {"matsch": "epochs"})
-    with pytest.raises(ConfigError, match="choose epochs or training"):
+    with pytest.raises(ConfigError, match="choose one of epochs, training"):
         find_system("single-path", {"match": "hours"})
     with pytest.raises(ConfigError, match="no leaf 7"):
         find_rows(task, ["rerouted"], {"rerouted": {"rule": "7"}})

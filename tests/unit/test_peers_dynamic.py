@@ -20,9 +20,16 @@ from sigmabranch.measure import Dynamic, cost, module_costs
 from sigmabranch.peers.bench import Bench
 from sigmabranch.peers.deepmoe import DeepMoE, SparseObjective
 from sigmabranch.peers.expert_resnet import ExpertResNet
-from sigmabranch.peers.gated_resnet import GatedResNet
+from sigmabranch.peers.gated_resnet import Gated, GatedResNet
 from sigmabranch.peers.phases import phases
-from sigmabranch.peers.skipnet import HybridObjective, RateObjective, SkipNet, returns, settle
+from sigmabranch.peers.skipnet import (
+    PRICE_STEP,
+    HybridObjective,
+    RateObjective,
+    SkipNet,
+    returns,
+    settle,
+)
 from sigmabranch.tasks import Chain, Stopped, find_task
 from sigmabranch.training import DenseObjective
 
@@ -288,17 +295,24 @@ def test_the_rate_penalty_opens_gates_below_the_target_and_closes_those_above(de
         assert float(network.noise) == 0.75
 
 
-@torch.no_grad()
-def test_steering_gives_the_share_of_parameters_and_not_of_gates(dense, images):
-    network, wanted = skipping(dense), 0.3
-    for _ in range(40):
-        network.steer(network.gated(images).open.mean(0), wanted)
-    _, load = network.with_load(images)
-    ends = [network.bounds()[end]["active_params"] for end in ("least", "most")]
-    read = (load.active_params.double().mean() - ends[0]) / (ends[1] - ends[0])
-    assert float(read) == pytest.approx(wanted, abs=0.03)
-    assert abs(float(load.choices.float().mean()) - wanted) > 0.03
-    assert "handicap" in network.state_dict()
+def test_reading_has_a_price_by_the_parameter_that_rises_above_the_target_and_falls_below(
+    dense, batches, task
+):
+    x, y = batches[0]
+    network = skipping(dense).train()
+    logits = torch.zeros(len(y), CLASSES, requires_grad=True)
+    for target, sign in ((0.01, 1), (1.0, -1)):
+        open_BG = torch.full((len(y), len(network.block_params_G)), 0.5, requires_grad=True)
+        system = SkipNet(mode="rate", target=target, rate_weight=0.0)
+        objective = RateObjective(task.finetune, None, system, network)
+        network.price.fill_(2.0)
+        objective(
+            lambda _, opened=open_BG: Gated(logits, opened, opened), x, y, 0.0
+        ).loss.backward()
+        expected_G = 2.0 * network.block_params_G / network.block_params_G.sum() / len(y)
+        assert torch.allclose(open_BG.grad, expected_G.expand_as(open_BG))
+        assert float(network.price) == pytest.approx(2.0 + sign * PRICE_STEP)
+    assert {"price", "handicap"} <= network.state_dict().keys()
 
 
 # -- DeepMoE -------------------------------------------------------------------------------------

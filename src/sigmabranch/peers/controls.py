@@ -13,7 +13,7 @@ from sigmabranch.errors import ConfigError
 from sigmabranch.measure import cost
 from sigmabranch.peers.bench import Bench
 from sigmabranch.peers.sizing import active_params, dense_of_products, dense_of_size
-from sigmabranch.peers.system import System, Trained
+from sigmabranch.peers.system import System, Trained, check_choices
 from sigmabranch.tasks import Task, count_task
 from sigmabranch.tasks.counting import example, sketch
 
@@ -52,8 +52,7 @@ class DenseEqual(System):
     distill_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.match not in ("params", "macs"):
-            raise ConfigError(f"dense-equal match is {self.match!r}: choose params or macs")
+        check_choices(self, "match")
         if self.params is not None and (self.params < 1 or self.match == "macs"):
             raise ConfigError(f"dense-equal params is a number of parameters, got {self.params}")
         if not 0 <= self.distill_weight <= 1:
@@ -103,8 +102,7 @@ class SinglePath(System):
     match: Literal["epochs", "training"] = "epochs"
 
     def __post_init__(self) -> None:
-        if self.match not in ("epochs", "training"):
-            raise ConfigError(f"single-path match is {self.match!r}: choose epochs or training")
+        check_choices(self, "match")
 
     def check(self, task: Task) -> None:
         """The tree must fit the network."""

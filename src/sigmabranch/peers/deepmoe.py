@@ -22,14 +22,12 @@ from sigmabranch.peers.phases import phases, phases_mark
 from sigmabranch.peers.sizing import parameters_of
 from sigmabranch.peers.skipping import (
     GatedObjective,
-    check_choices,
     check_size,
     check_target,
     check_weights,
     residual_spec,
-    teacher,
 )
-from sigmabranch.peers.system import System, Trained
+from sigmabranch.peers.system import System, Trained, check_choices
 from sigmabranch.tasks import Task
 from sigmabranch.tasks.counting import example
 from sigmabranch.training import Recipe, StepOutput
@@ -113,7 +111,7 @@ class DeepMoE(System):
             network = ExpertResNet(dense, bench.example(), self.variant)
             network.classify_embedding(bench.task.model.classes)
         network.to(bench.device)
-        objective = SparseObjective(first, teacher(bench), self, network.widths)
+        objective = SparseObjective(first, bench.teacher(bench.recipe), self, network.widths)
         bench.train(network, objective, recipe=first, step="joint")
         network.freeze_gates()
         bench.train(network, recipe=last)

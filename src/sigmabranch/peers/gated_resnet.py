@@ -18,6 +18,7 @@ from sigmabranch.measure import Load, module_costs
 from sigmabranch.peers.gates import GATES, State
 from sigmabranch.peers.skipping import Block, SkippingNet, residual_parts
 
+
 class Gated(NamedTuple):
     """What one pass gives.
 
@@ -46,7 +47,7 @@ class GatedResNet(SkippingNet):
         temperature: what a logit is divided by before a choice is made; small is sharp.
         noise: of the Gumbel samples, 1 being as much as the logits are made for.
         handicap: what all gates' logits are lowered by.
-        price: of reading all skippable parameters, in mode rate's loss.
+        price: what reading all that can be skipped adds to a loss that asks for it.
 
     Raises:
         ConfigError: the network has no residual blocks.
@@ -117,9 +118,9 @@ class GatedResNet(SkippingNet):
         added = zip(least.items(), optional, strict=True)
         return {"least": least, "most": {name: value + more for (name, value), more in added}}
 
-    def share_read(self, open_BG: Tensor) -> Tensor:
-        """Mean share of the skippable parameters that such choices read, a scalar."""
-        return (open_BG * self.block_params_G).sum(1).mean() / self.block_params_G.sum()
+    def share_read(self, open_G: Tensor) -> Tensor:
+        """Share of the skippable parameters that gates read which are open so often, a scalar."""
+        return (open_G * self.block_params_G).sum() / self.block_params_G.sum()
 
     def _gate(self, number: int, feature: Tensor, state: State) -> tuple[Tensor, State]:
         with torch.autocast(feature.device.type, enabled=False):

@@ -19,22 +19,21 @@ from sigmabranch.peers.phases import phases, phases_mark
 from sigmabranch.peers.sizing import parameters_of
 from sigmabranch.peers.skipping import (
     GatedObjective,
-    check_choices,
     check_size,
     check_target,
     check_weights,
     residual_spec,
-    teacher,
 )
-from sigmabranch.peers.system import System, Trained
+from sigmabranch.peers.system import System, Trained, check_choices
 from sigmabranch.tasks import Task
 from sigmabranch.tasks.counting import example
 from sigmabranch.training import Recipe, StepOutput
 
 # Gates that are pushed towards a rate start with this logit: seven in eight are open.
 OPEN_LOGIT = 2.0
+# By how much a step of training moves the price of reading everything; a loss is of order one.
 PRICE_STEP = 0.02
-# The last correction of the handicap: on so many training images, by up to so many temperatures
+# How the threshold is set afterwards: on so many training images, by up to so many temperatures
 # either way, halving what is left of that range so many times.
 SETTLING_SAMPLES, SETTLING_REACH, SETTLING_HALVINGS = 2048, 4.0, 12
 
@@ -46,9 +45,10 @@ class SkipNet(System):
     The mode ``rate`` is not of the paper but of ConvNet-AIG (Veit and Belongie, ECCV 2018,
     arXiv:1711.11503), because neither of the paper's own can be made to hit a size. Ours is that
     its noise falls linearly to zero while training, so that the rate also holds without noise, and
-    that a handicap of all gates is moved until ``target`` of the skippable parameters is read: the
-    penalty alone stops where cross-entropy pulls as hard the other way, and counts a large block as
-    much as a small one. A last correction follows the training, whose images are augmented.
+    that reading has a price, which rises while more than ``target`` of the skippable parameters are
+    read and falls while fewer are: the penalty alone stops where cross-entropy pulls as hard the
+    other way, and counts a large block as much as a small one. Because training sees augmented
+    images, the gates' common threshold is set afterwards, on training images as they are.
 
     Attributes:
         gate: ``"recurrent"`` (pooling, one LSTM for all gates) or the paper's convolutional gates
@@ -136,19 +136,21 @@ class SkipNet(System):
         first, last = phases(bench.recipe)
         bench.train(network, recipe=first, step="supervised")
         network.sampling = "bernoulli"
-        bench.train(network, HybridObjective(last, teacher(bench), self), recipe=last)
+        bench.train(network, HybridObjective(last, bench.teacher(bench.recipe), self), recipe=last)
         return last, phases_mark(first, last)
 
     def _rate(self, bench: Bench, network: GatedResNet) -> tuple[Recipe, str]:
         network.sampling = "gumbel"
         network.handicap.fill_(-OPEN_LOGIT)
-        bench.train(network, RateObjective(bench.recipe, teacher(bench), self, network))
+        bench.train(
+            network, RateObjective(bench.recipe, bench.teacher(bench.recipe), self, network)
+        )
         settle(network, bench, self.target)
         return bench.recipe, ""
 
 
 class RateObjective(GatedObjective):
-    """Classification, and each gate's squared distance from its rate over the batch."""
+    """Classification, each gate's squared distance from its rate over the batch, and the price."""
 
     def __init__(
         self,
@@ -166,12 +168,21 @@ class RateObjective(GatedObjective):
         gated = model(x)
         output = self.classified(gated.logits, x, y, progress)
         rate_G = gated.open.mean(0)
-        penalty = self.system.rate_weight * (rate_G - self.system.target).square().sum()
-        share = self.network.share_read(gated.open)
-        penalty = penalty + self.network.price.clone() * share
-        self.network.price += PRICE_STEP * (share.detach() - self.system.target).sign()
+        away = (rate_G - self.system.target).square().sum()
+        loss = output.loss + self.system.rate_weight * away + self._charge(rate_G)
         metrics = {**output.metrics, "open": rate_G.detach().mean()}
-        return StepOutput(output.loss + penalty, metrics)
+        return StepOutput(loss, metrics)
+
+    def _charge(self, rate_G: Tensor) -> Tensor:
+        """What reading costs at the present price, which then moves by a step.
+
+        The price is a buffer of the network, so that a checkpoint holds it; as with the statistics
+        of a batch norm, several processes go on with the main one's.
+        """
+        share, price = self.network.share_read(rate_G), self.network.price
+        charge = price.clone() * share
+        price += PRICE_STEP * (share.detach() - self.system.target).sign()
+        return charge
 
 
 class HybridObjective(GatedObjective):
@@ -213,7 +224,7 @@ def returns(open_BG: Tensor, error_B: Tensor, reward: float) -> Tensor:
 
 
 def settle(network: GatedResNet, bench: Bench, target: float) -> None:
-    """Correct the handicap until training images read ``target`` of the skippable parameters.
+    """Set the handicap so that training images read ``target`` of the skippable parameters.
 
     The images are not augmented. Processes divide them and all come to the same handicap.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Self, cast, get_args, get_type_hints
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from sigmabranch.backbones import ResNet, ResNetSpec, as_backbone
 from sigmabranch.backbones.resnet import BasicBlock, Bottleneck
 from sigmabranch.errors import ConfigError
-from sigmabranch.peers.bench import Bench
 from sigmabranch.peers.system import System
 from sigmabranch.tasks import Task
 from sigmabranch.training import DenseObjective, StepOutput
@@ -56,11 +55,6 @@ class GatedObjective(DenseObjective):
         return super().__call__(cast(nn.Module, lambda _: logits_BV), x, y, progress)
 
 
-def teacher(bench: Bench) -> nn.Module | None:
-    """The source network, if the recipe asks for imitation of it."""
-    return bench.dense() if bench.recipe.distill_weight else None
-
-
 def residual_spec(system: str, task: Task) -> ResNetSpec:
     """The shape of the task's network, which must be a ResNet's.
 
@@ -89,17 +83,6 @@ def residual_parts(model: nn.Module) -> tuple[nn.Sequential, list[Block], nn.Seq
     blocks = [cast(Block, block) for stage in stages for block in stage]
     head = nn.Sequential(backbone.pool, *backbone.modules(backbone.head))
     return nn.Sequential(*backbone.modules(stem)), blocks, head
-
-
-def check_choices(system: System, *names: str) -> None:
-    """Raise :class:`ConfigError` where a field has none of its choices."""
-    hints = get_type_hints(type(system))
-    for name in names:
-        value, choices = getattr(system, name), get_args(hints[name])
-        if value not in choices:
-            raise ConfigError(
-                f"{system.name} {name} is {value!r}: choose one of {', '.join(choices)}"
-            )
 
 
 def check_weights(system: System, *names: str) -> None:
