@@ -210,9 +210,9 @@ def test_an_unknown_peer_row_or_setting_is_refused(task):
 def test_a_row_that_is_impossible_is_skipped_in_a_group_and_refused_by_name(task):
     rows, skipped = find_rows(task, ["controls"], {})
     assert "regnety" in skipped
-    assert "near" in skipped["regnety"]
+    assert "718 parameters" in skipped["regnety"]
     assert "regnety" not in rows
-    with pytest.raises(ConfigError, match="no RegNetY is near"):
+    with pytest.raises(ConfigError, match="no RegNetY is as small as 718 parameters"):
         find_rows(task, ["regnety"], {})
 
 

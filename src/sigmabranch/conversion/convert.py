@@ -121,6 +121,7 @@ def blueprint(
     spec = ConversionSpec(norm_samples=0, channels="random")
     loader = [(example, torch.zeros(len(example), dtype=torch.int64))]
     growth = Growth(as_backbone(dense), loader, tree, spec, None, Shards(), None)
+    growth.verified = False
     for node in tree.inner:
         blank = [[0.0] * tree.projection_dim] * 2
         growth.record.splits[node] = Split(

@@ -82,6 +82,7 @@ class Growth:
         self.routers: dict[NodeId, Router] = {}
         self.heads: dict[NodeId, nn.Module] = {}
         self.plans: dict[NodeId, SlicePlan] = {(): self.cutter.plan([], self.levels.trunk)}
+        self.verified = True  # false only for networks whose weights mean nothing
 
     def nodes_at(self, depth: int) -> list[NodeId]:
         """The inner nodes at that depth."""
@@ -335,8 +336,10 @@ class Growth:
         plan = self.cutter.plan(lineage, (*paths, *self.backbone.head))
         section = self.backbone.section(paths, plan).eval()
         head = self.backbone.pooled_head(plan).eval()
-        error = self.cutter.verify(section, lineage, levels, self.example)
-        if levels[-1] == self.tree.depth:
+        error = 0.0
+        if self.verified:
+            error = self.cutter.verify(section, lineage, levels, self.example)
+        if self.verified and levels[-1] == self.tree.depth:
             error = max(error, self.cutter.verify_head(head[1:], lineage, self.pooled_example))
         for channels in lineage[-len(levels) :]:
             channels.max_error = error
