@@ -10,8 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from sigmabranch.backbones import ResNet, ResNetSpec
+from sigmabranch.tasks import Task, find_task
 
 CLASSES = 5
+# Settings of a task that trains in a second.
+TINY = (
+    "model.layers=[1,1,1]",
+    "model.planes=[2,3,4]",
+    "model.strides=[1,2,1]",
+    "model.stem_width=4",
+    "tree.projection_dim=4",
+    "data.train_limit=64",
+    "data.test_limit=40",
+    "dense.epochs=1",
+    "dense.batch_size=32",
+    "finetune.epochs=1",
+    "finetune.batch_size=32",
+    "conversion.restarts=2",
+)
 
 # Tensors here are small, and other tests run on the other core.
 torch.set_num_threads(1)
@@ -77,3 +93,9 @@ def modelnet(tmp_path_factory) -> Path:
             file["label"] = label.astype(np.uint8)[:, None]
         (folder / f"{split}_files.txt").write_text(f"data/{folder.name}/ply_data_{split}0.h5\n")
     return folder.parent
+
+
+@pytest.fixture(scope="session")
+def task() -> Task:
+    """Handwritten digits and a network of a few thousand weights."""
+    return find_task("digits-resnet").with_settings(TINY)

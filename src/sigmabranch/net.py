@@ -79,9 +79,9 @@ class SigmaBranchNet(nn.Module):
         self.tree, self.source, self.record = tree, source, record
         self.plans = dict(plans)
         self.trunk = trunk
-        self.specializers = _by_node(specializers)
-        self.routers = _by_node(routers)
-        self.heads = _by_node(heads)
+        self.specializers = by_node(specializers)
+        self.routers = by_node(routers)
+        self.heads = by_node(heads)
         self.routes = Routes(tree)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -260,7 +260,8 @@ class Path(nn.Module):
         return (self.head(feature), *branches)
 
 
-def _by_node(modules: Mapping[NodeId, nn.Module]) -> nn.ModuleDict:
+def by_node(modules: Mapping[NodeId, nn.Module]) -> nn.ModuleDict:
+    """Modules under their nodes' keys."""
     return nn.ModuleDict({node_key(node): module for node, module in modules.items()})
 
 

@@ -38,26 +38,6 @@ from sigmabranch.tree import node_key
 pytest.importorskip("sklearn")
 pytest.importorskip("fvcore")
 
-TINY = (
-    "model.layers=[1,1,1]",
-    "model.planes=[2,3,4]",
-    "model.strides=[1,2,1]",
-    "model.stem_width=4",
-    "tree.projection_dim=4",
-    "data.train_limit=64",
-    "data.test_limit=40",
-    "dense.epochs=1",
-    "dense.batch_size=32",
-    "finetune.epochs=1",
-    "finetune.batch_size=32",
-    "conversion.restarts=2",
-)
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return find_task("digits-resnet").with_settings(TINY)
-
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
@@ -284,6 +264,9 @@ def test_the_chain_and_controls_run_and_are_read_back(task, tmp_path):
 class Broken(System):
     name = "broken"
     summary = "fails"
+
+    def sketch(self, task: Task) -> nn.Module:
+        return task.model.build()
 
     def run(self, bench: Bench) -> Trained:
         raise ValueError("it broke\nbadly")

@@ -16,26 +16,6 @@ from sigmabranch.tree import TreeSpec
 
 pytest.importorskip("sklearn")
 
-TINY = (
-    "model.layers=[1,1,1]",
-    "model.planes=[2,3,4]",
-    "model.strides=[1,2,1]",
-    "model.stem_width=4",
-    "tree.projection_dim=4",
-    "data.train_limit=64",
-    "data.test_limit=40",
-    "dense.epochs=1",
-    "dense.batch_size=32",
-    "finetune.epochs=1",
-    "finetune.batch_size=32",
-    "conversion.restarts=2",
-)
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return find_task("digits-resnet").with_settings(TINY)
-
 
 @pytest.fixture
 def untrained(task, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sigmabranch.coupling import SlicePlan
-from sigmabranch.errors import ConfigError, ConversionError
+from sigmabranch.errors import ConfigError, ConversionError, DataError
 
 
 class GlobalAveragePool(nn.Module):
@@ -155,3 +155,14 @@ class Levels:
     def outputs(self) -> tuple[str, ...]:
         """The module whose output ends the trunk, then the one that ends each level."""
         return (self.trunk[-1], *(level[-1] for level in self.levels))
+
+
+def check_image(shape: tuple[int, ...], channels: int) -> None:
+    """Raise :class:`DataError` unless ``shape`` is (C, H, W) with so many channels."""
+    if len(shape) != 3:
+        raise DataError(f"the network takes images, the data are of shape {shape}")
+    if shape[0] != channels:
+        raise DataError(
+            f"the images have {shape[0]} channels but the network is made for "
+            f"{channels}: use --set model.in_channels={shape[0]}"
+        )

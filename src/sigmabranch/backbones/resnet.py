@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sigmabranch.backbones.base import Backbone, GlobalAveragePool
+from sigmabranch.backbones.base import Backbone, GlobalAveragePool, check_image
 from sigmabranch.backbones.timm import timm_source
-from sigmabranch.errors import ConfigError, DataError
+from sigmabranch.errors import ConfigError
 from sigmabranch.fields import from_fields, to_fields
 
 _EXPANSION = {"basic": 1, "bottleneck": 4}
@@ -66,13 +66,7 @@ class ResNetSpec:
 
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise :class:`DataError` unless one input of ``shape`` fits the network."""
-        if len(shape) != 3:
-            raise DataError(f"the network takes images, the data are of shape {shape}")
-        if shape[0] != self.in_channels:
-            raise DataError(
-                f"the images have {shape[0]} channels but the network is made for "
-                f"{self.in_channels}: use --set model.in_channels={shape[0]}"
-            )
+        check_image(shape, self.in_channels)
 
     def narrowed(self, factor: float, nudge: int) -> ResNetSpec:
         """All widths times ``factor``; the last stage ``nudge`` planes wider."""

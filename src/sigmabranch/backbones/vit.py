@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sigmabranch.backbones.base import Backbone, Levels
+from sigmabranch.backbones.base import Backbone, Levels, check_image
 from sigmabranch.errors import ConfigError, DataError
 from sigmabranch.fields import from_fields, to_fields
 
@@ -75,13 +75,7 @@ class ViTSpec:
 
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise :class:`DataError` unless one input of ``shape`` fits the network."""
-        if len(shape) != 3:
-            raise DataError(f"the network takes images, the data are of shape {shape}")
-        if shape[0] != self.in_channels:
-            raise DataError(
-                f"the images have {shape[0]} channels but the network is made for "
-                f"{self.in_channels}: use --set model.in_channels={shape[0]}"
-            )
+        check_image(shape, self.in_channels)
         if shape[1] != shape[2]:
             raise DataError(f"the network takes square images, these are {shape[1]} x {shape[2]}")
         if shape[1] != self.image_size:

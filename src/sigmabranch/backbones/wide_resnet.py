@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sigmabranch.backbones.base import Backbone, GlobalAveragePool
-from sigmabranch.errors import ConfigError, DataError
+from sigmabranch.backbones.base import Backbone, GlobalAveragePool, check_image
+from sigmabranch.errors import ConfigError
 from sigmabranch.fields import from_fields, to_fields
 
 _NARROWEST = 16
@@ -75,13 +75,7 @@ class WideResNetSpec:
 
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise :class:`DataError` unless one input of ``shape`` fits the network."""
-        if len(shape) != 3:
-            raise DataError(f"the network takes images, the data are of shape {shape}")
-        if shape[0] != self.in_channels:
-            raise DataError(
-                f"the images have {shape[0]} channels but the network is made for "
-                f"{self.in_channels}: use --set model.in_channels={shape[0]}"
-            )
+        check_image(shape, self.in_channels)
 
     def narrowed(self, factor: float, nudge: int) -> WideResNetSpec:
         """All widths times ``factor``; the last stage ``nudge`` channels wider."""

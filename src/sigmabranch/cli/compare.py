@@ -14,6 +14,7 @@ from sigmabranch.errors import ConfigError
 from sigmabranch.peers import GROUPS, Comparison, find_rows, groups_of
 from sigmabranch.report import write_comparison
 from sigmabranch.tasks import Chain, Task, find_task
+from sigmabranch.tasks.task import SECTIONS, parsed
 
 #: Exit code when a row failed and the others are there.
 SOME_FAILED = 4
@@ -112,14 +113,13 @@ def command(
 
 def _settings(task: Task, settings: Any) -> tuple[Task, dict[str, dict[str, Any]]]:
     """The task with its settings, and those of rows by row."""
-    sections = {"data", "model", "tree", "conversion", "dense", "finetune"}
     own: dict[str, dict[str, Any]] = {}
     general = []
     for setting in settings:
         row, dot, rest = setting.partition(".")
         key, equals, value = rest.partition("=")
-        if dot and equals and "=" not in row and row not in sections:
-            own.setdefault(row, {})[key] = options.parsed(value)
+        if dot and equals and "=" not in row and row not in SECTIONS:
+            own.setdefault(row, {})[key] = parsed(value)
         else:
             general.append(setting)
     return task.with_settings(general), own

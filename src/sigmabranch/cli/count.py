@@ -17,6 +17,7 @@ from sigmabranch.peers import find_system
 from sigmabranch.report import cost_table
 from sigmabranch.saving import load_net
 from sigmabranch.tasks import count_net, count_task, find_task
+from sigmabranch.tasks.task import parsed
 
 
 def command(
@@ -55,7 +56,7 @@ def _count_peer(what: str, peer: str, settings: Iterable[str]) -> dict[str, Any]
     for setting in settings:
         key, equals, value = setting.partition("=")
         if equals and key in fields:
-            own[key] = options.parsed(value)
+            own[key] = parsed(value)
         else:
             general.append(setting)
     try:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 import typer
 
@@ -86,11 +85,3 @@ class Deadline:
     def minutes_left(self) -> float | None:
         """At least 0; None without a limit."""
         return None if self._end is None else max(0.0, (self._end - time.monotonic()) / 60)
-
-
-def parsed(text: str) -> Any:
-    """The value of a setting: JSON (``0.05``, ``true``, ``[1,2]``) or a plain word."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text.strip()

@@ -1,7 +1,7 @@
 """What a network costs, how well it does, and what its routing is worth."""
 
 from sigmabranch.measure.accuracy import evaluate, evaluate_dense, evaluate_dynamic
-from sigmabranch.measure.cost import cost, module_costs
+from sigmabranch.measure.cost import cost, count_parameters, module_costs
 from sigmabranch.measure.latency import latency
 from sigmabranch.measure.load import Dynamic, Load
 
@@ -9,6 +9,7 @@ __all__ = [
     "Dynamic",
     "Load",
     "cost",
+    "count_parameters",
     "evaluate",
     "evaluate_dense",
     "evaluate_dynamic",

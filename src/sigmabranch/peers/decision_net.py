@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from sigmabranch.errors import DataError
 from sigmabranch.measure import Load, module_costs
-from sigmabranch.net import take
+from sigmabranch.net import by_node, take
 from sigmabranch.tree import NodeId, TreeSpec, node_key
 
 # The authors' constants: the stretch of the sigmoid, so that soft gates reach 0 and 1, and how
@@ -107,9 +107,9 @@ class DecisionNet(nn.Module):
     def __init__(self, tree: TreeSpec, parts: Parts, *, codes: Tensor, example: Tensor) -> None:
         super().__init__()
         self.tree, self.trunk = tree, parts.trunk
-        self.specializers = _by_node(parts.specializers)
-        self.nodes = _by_node(parts.nodes)
-        self.heads = _by_node(parts.heads)
+        self.specializers = by_node(parts.specializers)
+        self.nodes = by_node(parts.nodes)
+        self.heads = by_node(parts.heads)
         self.register_buffer("codes", codes)
         costs = module_costs(self, example)
         prices = [[costs[path] for path in self._line(leaf)] for leaf in tree.leaves]
@@ -210,7 +210,3 @@ class DecisionNet(nn.Module):
             }
             for name, pick in (("least", torch.min), ("most", torch.max))
         }
-
-
-def _by_node(modules: Mapping[NodeId, nn.Module]) -> nn.ModuleDict:
-    return nn.ModuleDict({node_key(node): module for node, module in modules.items()})

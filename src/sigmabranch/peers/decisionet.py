@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from sigmabranch.backbones import Levels, ModelSpec
 from sigmabranch.errors import ConfigError
+from sigmabranch.measure import count_parameters
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.peers.bench import Bench
 from sigmabranch.peers.decision_net import DecisionNet
@@ -60,8 +61,7 @@ class DecisionObjective(DenseObjective):
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> StepOutput:
         """Loss, the distance from the codes, and how many gates are on their class's side."""
         logits_BV, gate_BI, code_VI = model(x)
-        answered = cast(nn.Module, lambda _: logits_BV)
-        loss, metrics, _ = super().__call__(answered, x, y, progress)
+        loss, metrics, _ = self.classified(logits_BV, x, y)
         code_BI = code_VI[y]
         on_way_BI = (code_BI != OFF_ITS_WAY).float()
         count = on_way_BI.sum().clamp(min=1)
@@ -152,7 +152,7 @@ class DecisioNet(System):
     def details(self, network: nn.Module, task: Task) -> dict[str, Any]:
         """Leaves, and parameters of all decision nodes."""
         assert isinstance(network, DecisionNet)
-        nodes = sum(parameter.numel() for parameter in network.nodes.parameters())
+        nodes = count_parameters([network.nodes])
         return {"leaves": len(network.tree.leaves), "node_params": nodes}
 
     def run(self, bench: Bench) -> Trained:

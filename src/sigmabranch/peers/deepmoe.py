@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sigmabranch.measure import count_parameters
 from sigmabranch.peers.bench import Bench
 from sigmabranch.peers.expert_resnet import Chosen, ExpertResNet
 from sigmabranch.peers.phases import phases, phases_mark
-from sigmabranch.peers.sizing import parameters_of
 from sigmabranch.peers.skipping import (
-    GatedObjective,
     check_size,
     check_target,
     check_weights,
@@ -30,7 +29,7 @@ from sigmabranch.peers.skipping import (
 from sigmabranch.peers.system import System, Trained, check_choices
 from sigmabranch.tasks import Task
 from sigmabranch.tasks.counting import example
-from sigmabranch.training import Recipe, StepOutput
+from sigmabranch.training import DenseObjective, Recipe, StepOutput
 
 # Share of the first training in which the penalty grows to its weight.
 _WARMUP = 0.2
@@ -99,8 +98,8 @@ class DeepMoE(System):
         return {
             "gated_convolutions": len(network.widths),
             "gates": sum(network.widths),
-            "embedding_params": parameters_of(network.embedding),
-            "head_params": parameters_of(network.heads),
+            "embedding_params": count_parameters([network.embedding]),
+            "head_params": count_parameters([network.heads]),
         }
 
     def run(self, bench: Bench) -> Trained:
@@ -124,8 +123,10 @@ class DeepMoE(System):
         )
 
 
-class SparseObjective(GatedObjective):
+class SparseObjective(DenseObjective):
     """Classification by the network and by the embedding, and few open gates."""
+
+    entry = "gated"
 
     def __init__(
         self,
@@ -140,7 +141,7 @@ class SparseObjective(GatedObjective):
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> StepOutput:
         """Loss, training accuracy and share of open gates of one batch."""
         chosen = model(x)
-        output = self.classified(chosen.logits, x, y, progress)
+        output = self.classified(chosen.logits, x, y)
         embedded = F.cross_entropy(chosen.embedded_logits.float(), y)
         penalty = min(1.0, progress / _WARMUP) * self._penalty(chosen)
         loss = output.loss + self.system.embedding_weight * embedded + penalty

@@ -13,8 +13,9 @@ from torch import nn
 from sigmabranch.backbones.timm import create_regnet
 from sigmabranch.data import input_shape
 from sigmabranch.errors import ConfigError
+from sigmabranch.measure import count_parameters
 from sigmabranch.peers.bench import Bench
-from sigmabranch.peers.sizing import active_params, parameters_of
+from sigmabranch.peers.sizing import active_params
 from sigmabranch.peers.system import System, Trained
 from sigmabranch.tasks import Task
 
@@ -40,7 +41,7 @@ class Efficient(System):
         """The task must be one of images, and timm installed."""
         if len(input_shape(task.data.name, task.data.image_size)) != 3:
             raise ConfigError("regnety takes images, not point clouds")
-        goal, found = active_params(task), parameters_of(self.sketch(task))
+        goal, found = active_params(task), count_parameters([self.sketch(task)])
         if abs(found - goal) > _NEAR * goal:
             raise ConfigError(f"no RegNetY is near {goal:,} parameters: the nearest has {found:,}")
 
@@ -51,11 +52,11 @@ class Efficient(System):
         sizes: dict[float, int] = {}
         with torch.device("meta"):
             # Parameters grow with the square of the widths, nearly.
-            guess = math.sqrt(goal / parameters_of(self._build(task, 1.0)))
+            guess = math.sqrt(goal / count_parameters([self._build(task, 1.0)]))
             for step in range(-_STEPS, _STEPS + 1):
                 factor = guess * 1.05**step
                 with suppress(ConfigError):  # not all factors make four stages
-                    sizes[factor] = parameters_of(self._build(task, factor))
+                    sizes[factor] = count_parameters([self._build(task, factor)])
         if not sizes:
             raise ConfigError(f"no RegNetY is as small as {goal:,} parameters")
         return self._build(task, min(sizes, key=lambda factor: abs(sizes[factor] - goal)))

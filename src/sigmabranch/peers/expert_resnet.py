@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from sigmabranch.backbones import GlobalAveragePool
-from sigmabranch.measure import Load, module_costs
+from sigmabranch.measure import Load, count_parameters, module_costs
 from sigmabranch.peers.expert_block import ExpertBlock
 from sigmabranch.peers.gates import conv_norm_relu
-from sigmabranch.peers.sizing import parameters_of
 from sigmabranch.peers.skipping import SkippingNet, residual_parts
 
 # Channels of the embedding network for small and for large images.
@@ -72,7 +71,7 @@ class ExpertResNet(SkippingNet):
 
     def __init__(self, dense: nn.Module, example: Tensor, variant: str = "A") -> None:
         super().__init__()
-        light = parameters_of(dense) < _LIGHT_PARAMS
+        light = count_parameters([dense]) < _LIGHT_PARAMS
         self.stem, blocks, self.head = residual_parts(dense)
         self.blocks = nn.ModuleList(ExpertBlock(block, variant) for block in blocks)
         self.widths = [width for block in self._blocks() for width in block.widths]

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from sigmabranch.coupling import evaluating
 from sigmabranch.errors import ConfigError
+from sigmabranch.measure import count_parameters
 from sigmabranch.peers.bench import Bench
 from sigmabranch.peers.expert_layer import ExpertLayer, FeedForward, feed_forwards
 from sigmabranch.peers.moe_net import MoeNet
 from sigmabranch.peers.neuron_groups import grouped
-from sigmabranch.peers.sizing import TOLERANCE, parameters_of
+from sigmabranch.peers.sizing import TOLERANCE
 from sigmabranch.peers.system import System, Trained, share
 from sigmabranch.tasks import Task
 from sigmabranch.tasks.counting import example
@@ -242,7 +243,7 @@ class FfnMoE(System):
 
     def _token_params(self, model: nn.Module) -> int:
         """Parameters that one token reads once the dense ``model`` is carved this way."""
-        total = parameters_of(model)
+        total = count_parameters([model])
         routed = self.experts - self.shared
         for ffn in feed_forwards(model).values():
             row = ffn.fc1.in_features + (ffn.fc1.bias is not None)

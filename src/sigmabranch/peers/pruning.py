@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,9 +35,9 @@ class FilterPruning(System):
         """What is removed together."""
         return coupled_groups(model, coupling)
 
+    @abstractmethod
     def remaining(self, group: FilterGroup, size: int) -> int:
         """How many of ``size`` filters stay, below 1 where the setting would empty the layer."""
-        raise NotImplementedError
 
     def check(self, task: Task) -> None:
         """Refuse networks other than ResNets, and a setting that empties a layer."""

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sigmabranch.backbones import ModelSpec
 from sigmabranch.errors import ConfigError
+from sigmabranch.measure import count_parameters
 from sigmabranch.tasks import Task
 from sigmabranch.tasks.counting import example, sketch
 from sigmabranch.tree import TreeSpec
@@ -24,7 +25,7 @@ TOLERANCE = 0.01
 def active_params(task: Task) -> int:
     """Parameters of the largest path of the task's tree, without counting its operations."""
     _, net = sketch(task)
-    return max(parameters_of(net.path(leaf)) for leaf in net.tree.leaves)
+    return max(count_parameters([net.path(leaf)]) for leaf in net.tree.leaves)
 
 
 @cache
@@ -35,7 +36,7 @@ def tree_of_share(task: Task, share: float) -> TreeSpec:
         ConfigError: the trunk alone is larger, or the levels would be wider than their sources.
     """
     _, net = sketch(task)
-    widths, goal = net.record["widths"], share * parameters_of(task.model.build())
+    widths, goal = net.record["widths"], share * count_parameters([task.model.build()])
 
     def scaled(step: int) -> TreeSpec:
         return replace(task.tree, widths=tuple(max(1, round(w * step / 50)) for w in widths))
@@ -65,7 +66,9 @@ def dense_of_size(spec: ModelSpec, params: int) -> ModelSpec:
     Raises:
         ConfigError: no width comes within one percent.
     """
-    return _narrowed(spec, params, "parameters", lambda candidate: parameters_of(_shape(candidate)))
+    return _narrowed(
+        spec, params, "parameters", lambda candidate: count_parameters([_shape(candidate)])
+    )
 
 
 @cache
@@ -83,11 +86,6 @@ def dense_of_products(task: Task, products: int) -> ModelSpec:
         return counter.get_total_flops() // 2
 
     return _narrowed(task.model, products, "MACs", count)
-
-
-def parameters_of(module: nn.Module) -> int:
-    """Elements of all its parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _narrowed(

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sigmabranch.errors import ConfigError
+from sigmabranch.measure import count_parameters
 from sigmabranch.peers.bench import Bench
 from sigmabranch.peers.gated_resnet import GatedResNet
 from sigmabranch.peers.phases import phases, phases_mark
-from sigmabranch.peers.sizing import parameters_of
 from sigmabranch.peers.skipping import (
-    GatedObjective,
     check_size,
     check_target,
     check_weights,
@@ -27,7 +26,7 @@ from sigmabranch.peers.skipping import (
 from sigmabranch.peers.system import System, Trained, check_choices
 from sigmabranch.tasks import Task
 from sigmabranch.tasks.counting import example
-from sigmabranch.training import Recipe, StepOutput
+from sigmabranch.training import DenseObjective, Recipe, StepOutput
 
 # Gates that are pushed towards a rate start with this logit: seven in eight are open.
 OPEN_LOGIT = 2.0
@@ -109,8 +108,8 @@ class SkipNet(System):
         cell = getattr(network.gates, "cell", None)
         return {
             "gates": len(network.block_params_G),
-            "gate_params": parameters_of(network.gates),
-            "lstm_params": 0 if cell is None else parameters_of(cell),
+            "gate_params": count_parameters([network.gates]),
+            "lstm_params": 0 if cell is None else count_parameters([cell]),
             "block_params": network.block_params_G.tolist(),
             "block_macs": network.block_macs_G.tolist(),
         }
@@ -149,8 +148,10 @@ class SkipNet(System):
         return bench.recipe, ""
 
 
-class RateObjective(GatedObjective):
+class RateObjective(DenseObjective):
     """Classification, each gate's squared distance from its rate over the batch, and the price."""
+
+    entry = "gated"
 
     def __init__(
         self,
@@ -166,7 +167,7 @@ class RateObjective(GatedObjective):
         """Loss, training accuracy and share of open gates of one batch."""
         self.network.noise.fill_(1 - progress)
         gated = model(x)
-        output = self.classified(gated.logits, x, y, progress)
+        output = self.classified(gated.logits, x, y)
         rate_G = gated.open.mean(0)
         away = (rate_G - self.system.target).square().sum()
         loss = output.loss + self.system.rate_weight * away + self._charge(rate_G)
@@ -185,8 +186,10 @@ class RateObjective(GatedObjective):
         return charge
 
 
-class HybridObjective(GatedObjective):
+class HybridObjective(DenseObjective):
     """Classification for the blocks, and REINFORCE for the gates."""
+
+    entry = "gated"
 
     def __init__(self, recipe: Recipe, teacher: nn.Module | None, system: SkipNet) -> None:
         super().__init__(recipe, teacher)
@@ -195,7 +198,7 @@ class HybridObjective(GatedObjective):
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> StepOutput:
         """Loss, training accuracy and share of open gates of one batch."""
         gated = model(x)
-        output = self.classified(gated.logits, x, y, progress)
+        output = self.classified(gated.logits, x, y)
         error_B = F.cross_entropy(gated.logits.detach().float(), y, reduction="none")
         return_BG = returns(gated.open, error_B, self.system.reward)
         log_prob_BG = -F.binary_cross_entropy_with_logits(

@@ -17,7 +17,6 @@ from sigmabranch.backbones.resnet import BasicBlock, Bottleneck
 from sigmabranch.errors import ConfigError
 from sigmabranch.peers.system import System
 from sigmabranch.tasks import Task
-from sigmabranch.training import DenseObjective, StepOutput
 
 Block = Bottleneck | BasicBlock
 
@@ -43,16 +42,6 @@ class SkippingNet(nn.Module):
     def skips(self, x: Tensor) -> bool:
         """Whether to leave work out for ``x``; a tracer must not see one input's choices."""
         return not (self.training or self.all_open or len(x) > 1 or torch.jit.is_tracing())
-
-
-class GatedObjective(DenseObjective):
-    """Base of the losses of networks that give more than logits."""
-
-    entry = "gated"
-
-    def classified(self, logits_BV: Tensor, x: Tensor, y: Tensor, progress: float) -> StepOutput:
-        """The table's classification loss of ``logits_BV``."""
-        return super().__call__(cast(nn.Module, lambda _: logits_BV), x, y, progress)
 
 
 def residual_spec(system: str, task: Task) -> ResNetSpec:

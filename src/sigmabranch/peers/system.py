@@ -7,6 +7,7 @@ of the same source network and recipe as every other.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Self, get_args, get_type_hints
@@ -50,7 +51,7 @@ class Trained:
 
 
 @dataclass(frozen=True, kw_only=True)
-class System:
+class System(ABC):
     """Base of all systems."""
 
     name: ClassVar[str]
@@ -61,6 +62,7 @@ class System:
 
         To be called before any work is done.
         """
+        del task
 
     def fitted(self, task: Task, active_params: int) -> Self:
         """The same system, its size set so that about ``active_params`` are active.
@@ -71,9 +73,9 @@ class System:
         del task, active_params
         return self
 
+    @abstractmethod
     def sketch(self, task: Task) -> nn.Module:
         """Its network for ``task`` with meaningless weights, for counting."""
-        raise NotImplementedError
 
     def count(self, task: Task) -> dict[str, Any]:
         """Cost as :func:`sigmabranch.measure.cost` gives it, beside the task's dense network.
@@ -90,9 +92,9 @@ class System:
         del network, task
         return {}
 
+    @abstractmethod
     def run(self, bench: Bench) -> Trained:
         """Make the network, train it, hand it over; resumes what the bench's folder holds."""
-        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         """``name`` and all settings, JSON-able."""

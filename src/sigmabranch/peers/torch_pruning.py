@@ -5,6 +5,7 @@ The only file that imports torch_pruning.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
@@ -66,9 +67,9 @@ class _Uniform(FilterPruning):
         network.__dict__.pop("skeleton_source", None)
         return network.eval()
 
+    @abstractmethod
     def importance(self, package: Any) -> Any:
         """How the package is to score a group of channels."""
-        raise NotImplementedError
 
     def prepare(self, network: nn.Module, bench: Bench) -> None:
         """Whatever the score needs of the network."""

@@ -117,7 +117,7 @@ class Task:
             if (section, name) == ("tree", "depth"):
                 sections["tree"]["leaves"] = TreeSpec.balanced(_integer(key, text)).leaves
             else:
-                sections[section][name] = _parsed(text)
+                sections[section][name] = parsed(text)
         try:
             changed = {
                 name: type(getattr(self, name)).from_dict(values)
@@ -175,7 +175,8 @@ def _locate(key: str, known: Sequence[str]) -> tuple[str, str]:
     raise ConfigError(f"--set knows no {key!r}: {hint}")
 
 
-def _parsed(text: str) -> Any:
+def parsed(text: str) -> Any:
+    """The value of a setting: JSON (``0.05``, ``true``, ``[1,2]``) or a plain word."""
     try:
         return json.loads(text)
     except ValueError:

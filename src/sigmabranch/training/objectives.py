@@ -66,7 +66,11 @@ class DenseObjective:
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> StepOutput:
         """Loss and training accuracy of one batch."""
-        logits_BV = model(x).float()
+        return self.classified(model(x), x, y)
+
+    def classified(self, logits: Tensor, x: Tensor, y: Tensor) -> StepOutput:
+        """The same for logits (B, V) that are there, of a network that gives more than these."""
+        logits_BV = logits.float()
         check_labels(y, logits_BV.shape[-1])
         loss = F.cross_entropy(logits_BV, y, label_smoothing=self.recipe.label_smoothing)
         if self.teacher is not None:
