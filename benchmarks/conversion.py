@@ -5,8 +5,8 @@ one pass of the images through the trunk, measured in turn with the conversions;
 is the peak during conversion above what network and images had taken before. The dense network is
 freshly initialised: time does not depend on its weights.
 
-    python benchmarks/conversion.py                                  four sizes, a small ResNet
-    python benchmarks/conversion.py --task cifar100-resnet50         one full-width conversion
+    python -m benchmarks.conversion                                  four sizes, a small ResNet
+    python -m benchmarks.conversion --task cifar100-resnet50         one full-width conversion
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil
 import torch
-from harness import interleaved, parser, publish
-from inputs import task_inputs
+from benchmarks.harness import interleaved, parser, publish
+from benchmarks.inputs import task_inputs
 from torch import nn
 
 from sigmabranch.backbones import as_backbone

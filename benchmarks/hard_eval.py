@@ -8,8 +8,8 @@ is converted from an untrained network with balanced clusters, so that all leave
 from __future__ import annotations
 
 import torch
-from harness import interleaved, parser, publish
-from inputs import batch, synthetic
+from benchmarks.harness import interleaved, parser, publish
+from benchmarks.inputs import batch, synthetic
 
 from sigmabranch.conversion import ConversionSpec, convert
 from sigmabranch.measure import cost

@@ -7,6 +7,7 @@ throttles slows all of them alike, and what is reported are medians and ratios w
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import time
@@ -68,17 +69,34 @@ def parser(what: str | None, name: str, rounds: int) -> argparse.ArgumentParser:
 
 def publish(options: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the rows as a table and write them, with where they come from, to ``options.out``."""
+    print(table(rows))
+    write_json(options.out, {**_header(options), "rows": list(rows)})
+    print(f"written to {options.out}")
+
+
+def publish_parts(
+    options: argparse.Namespace, parts: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> None:
+    """The same for several tables; as JSON alone with ``options.json``."""
+    result = {**_header(options), **parts}
+    write_json(options.out, result)
+    if options.json:
+        print(json.dumps(result))
+        return
+    for name, rows in parts.items():
+        print(f"{name}\n{table(rows)}\n")
+    print(f"written to {options.out}")
+
+
+def _header(options: argparse.Namespace) -> dict[str, Any]:
+    """What was measured, where and how."""
     settings = {key: value for key, value in vars(options).items() if key not in ("out", "device")}
-    result = {
+    return {
         "benchmark": options.out.stem,
         "provenance": provenance(options.device),
         "load_average": list(os.getloadavg()),
         "settings": {key: _plain(value) for key, value in settings.items()},
-        "rows": list(rows),
     }
-    print(table(rows))
-    write_json(options.out, result)
-    print(f"written to {options.out}")
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -10,7 +10,7 @@ k-means maximises it). The two have different optima, so each may lead by a litt
 from __future__ import annotations
 
 import torch
-from harness import interleaved, parser, publish
+from benchmarks.harness import interleaved, parser, publish
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 

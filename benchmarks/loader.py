@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import interleaved, parser, publish
+from benchmarks.harness import interleaved, parser, publish
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from harness import interleaved, parser, publish
+from benchmarks.harness import interleaved, parser, publish
 from torch import Tensor
 
 from sigmabranch.backbones import PointNet2Spec

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from harness import interleaved, parser, publish
-from inputs import batch
+from benchmarks.harness import interleaved, parser, publish
+from benchmarks.inputs import batch
 from torch import nn
 
 from sigmabranch.conversion import blueprint

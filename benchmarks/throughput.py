@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from harness import interleaved, parser, publish
-from inputs import synthetic
+from benchmarks.harness import interleaved, parser, publish
+from benchmarks.inputs import synthetic
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as IndexedDataset

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sigmabranch.backbones import Backbone, PointNet2, PointNet2Spec, ResNet, ResNetSpec
     from sigmabranch.conversion import ConversionRecord, ConversionSpec, convert, rebuild
     from sigmabranch.coupling import CouplingMap, SlicePlan, trace
+    from sigmabranch.deploy import Package, Prediction, Runtime, pack
     from sigmabranch.errors import SigmaBranchError
     from sigmabranch.measure import cost as count
     from sigmabranch.measure import evaluate, evaluate_dense
@@ -31,6 +32,7 @@ _HOMES = {
     "sigmabranch.backbones": ("Backbone", "PointNet2", "PointNet2Spec", "ResNet", "ResNetSpec"),
     "sigmabranch.conversion": ("ConversionRecord", "ConversionSpec", "convert", "rebuild"),
     "sigmabranch.coupling": ("CouplingMap", "SlicePlan", "trace"),
+    "sigmabranch.deploy": ("Package", "Prediction", "Runtime", "pack"),
     "sigmabranch.errors": ("SigmaBranchError",),
     "sigmabranch.measure": ("evaluate", "evaluate_dense"),
     "sigmabranch.net": ("HardOutput", "SigmaBranchNet", "SoftOutput"),
@@ -49,11 +51,14 @@ __all__ = [
     "CouplingMap",
     "FinetuneRecipe",
     "HardOutput",
+    "Package",
     "PointNet2",
     "PointNet2Spec",
+    "Prediction",
     "Recipe",
     "ResNet",
     "ResNetSpec",
+    "Runtime",
     "SigmaBranchError",
     "SigmaBranchNet",
     "SlicePlan",
@@ -66,6 +71,7 @@ __all__ = [
     "evaluate_dense",
     "finetune",
     "load",
+    "pack",
     "rebuild",
     "trace",
     "train",

@@ -24,6 +24,10 @@ class CheckpointError(SigmaBranchError):
     """A checkpoint or saved network that is missing, damaged, or belongs to something else."""
 
 
+class StorageError(SigmaBranchError):
+    """A file of weights that cannot be read, or has changed, while it is in use."""
+
+
 class UnsupportedOperation(SigmaBranchError):
     """The model runs an operation through which channels cannot be followed."""
 

@@ -5,9 +5,10 @@ Shapes: B batch, L leaves, V classes, I inner nodes, K branches per inner node.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path as FilePath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from sigmabranch.routing import Router, Routes
 from sigmabranch.tree import NodeId, TreeSpec, node_key
 
 RECORD = "record.json"
+
+# A router's decision on the samples at its node: the larger log p, and its branch.
+Choice: TypeAlias = tuple[Tensor, Tensor]
 
 
 class SoftOutput(NamedTuple):
@@ -61,6 +65,9 @@ class SigmaBranchNet(nn.Module):
         plans: node → which channels of the dense network it holds.
         source: how to rebuild the dense network's skeleton, or None.
         record: what the conversion decided (:mod:`sigmabranch.conversion.record`).
+
+    Raises:
+        ConfigError: the trunk has no module ``tree.decide_after``.
     """
 
     def __init__(
@@ -83,6 +90,20 @@ class SigmaBranchNet(nn.Module):
         self.routers = by_node(routers)
         self.heads = by_node(heads)
         self.routes = Routes(tree)
+        self.trunk_parts()  # refuses a tree that does not fit
+
+    @property
+    def early(self) -> bool:
+        """Whether all routers read one feature inside the trunk, or at its end."""
+        return self.tree.decide_after is not None
+
+    def trunk_parts(self) -> tuple[nn.Module, nn.Sequential]:
+        """The trunk up to where the root's router reads, and what follows (shares all modules).
+
+        With early decision a runtime can run the first part, then the routers on its output, from
+        the root to a leaf; now it knows the path, and may fetch the rest of it in order.
+        """
+        return split_trunk(self.trunk, self.tree.decide_after)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, V) logits of the hard path: the drop-in replacement for the dense network."""
@@ -90,11 +111,15 @@ class SigmaBranchNet(nn.Module):
 
     def soft(self, x: Tensor) -> SoftOutput:
         """Run every node once: the trunk, then each specializer, never once per leaf."""
-        features: dict[NodeId, Any] = {(): self.trunk(x)}
+        until, rest = self.trunk_parts()
+        seen = until(x)
+        # Before the rest of the trunk, which may work in place.
+        decided = {node: self.router(node)(seen) for node in self.tree.inner if self.early}
+        features: dict[NodeId, Any] = {(): rest(seen)}
         log_prob: dict[NodeId, Tensor] = {}
         branches: list[Tensor] = []
         for node in self.tree.inner:
-            branch_log_prob_BK = self.router(node)(features[node])
+            branch_log_prob_BK = decided[node] if self.early else self.router(node)(features[node])
             branches.append(branch_log_prob_BK)
             for branch in (0, 1):
                 child = (*node, branch)
@@ -109,16 +134,20 @@ class SigmaBranchNet(nn.Module):
         )
 
     def hard(self, x: Tensor) -> HardOutput:
-        """Top-1 decisions level by level; only the chosen nodes run (paper, eq. 9).
+        """Top-1 decisions from the root to a leaf; only the chosen nodes run (paper, eq. 9).
 
-        A batch is split among the branches by index; a batch of one touches one path. Raises
+        With early decision all are made before the trunk goes on, else one after each node. A batch
+        is split among the branches by index; a batch of one touches one path. Raises
         :class:`DataError` at an empty batch.
         """
         if not len(x):
             raise DataError("the batch is empty: give at least one input")
         rows_B = torch.arange(len(x), device=x.device)
         certain_B = torch.zeros(len(x), device=x.device)
-        parts = list(self._descend((), self.trunk(x), rows_B, certain_B))
+        until, rest = self.trunk_parts()
+        seen = until(x)
+        decided = self._decided(seen, rows_B) if self.early else {}
+        parts = list(self._descend((), rest(seen), rows_B, certain_B, decided))
         order_B = torch.cat([rows for rows, *_ in parts]).argsort()
         return HardOutput(
             logits=torch.cat([logits for _, logits, _, _ in parts])[order_B],
@@ -130,15 +159,34 @@ class SigmaBranchNet(nn.Module):
         """(B,) int64: the leaf that :meth:`hard` reaches, read off a soft pass."""
         return self.routes.hard(soft.branch_log_prob)
 
+    def _decided(self, seen: Any, rows: Tensor) -> dict[NodeId, Choice]:
+        """The early choices at every inner node that rows reach, in the rows' order."""
+        arrived: dict[NodeId, Tensor] = {(): rows}
+        decided: dict[NodeId, Choice] = {}
+        for node in self.tree.inner:
+            here = arrived.get(node, rows[:0])
+            if not len(here):
+                continue
+            part = seen if len(here) == len(rows) else take(seen, here)
+            best, branch = self.router(node)(part).max(dim=-1)
+            decided[node] = best, branch
+            arrived |= {(*node, number): here[branch == number] for number in (0, 1)}
+        return decided
+
     def _descend(
-        self, node: NodeId, feature: Any, rows: Tensor, log_prob: Tensor
+        self,
+        node: NodeId,
+        feature: Any,
+        rows: Tensor,
+        log_prob: Tensor,
+        decided: Mapping[NodeId, Choice],
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Yield (rows, logits, leaf, log_prob) of each leaf below ``node`` that rows reach."""
         if node in self.tree.leaves:
             leaf = torch.full_like(rows, self.tree.leaves.index(node))
             yield rows, self.head(node)(feature), leaf, log_prob
             return
-        best, branch = self.router(node)(feature).max(dim=-1)
+        best, branch = decided[node] if self.early else self.router(node)(feature).max(dim=-1)
         log_prob = log_prob + best
         for number in (0, 1):
             chosen = (branch == number).nonzero().flatten()
@@ -147,7 +195,7 @@ class SigmaBranchNet(nn.Module):
             child = (*node, number)
             part = feature if len(chosen) == len(rows) else take(feature, chosen)
             yield from self._descend(
-                child, self.specializer(child)(part), rows[chosen], log_prob[chosen]
+                child, self.specializer(child)(part), rows[chosen], log_prob[chosen], decided
             )
 
     def save(self, folder: FilePath | str, notes: Mapping[str, Any] | None = None) -> None:
@@ -160,17 +208,19 @@ class SigmaBranchNet(nn.Module):
         Raises:
             CheckpointError: the folder cannot be written.
         """
-        described = {
-            "kind": "branched",
+        described = {"kind": "branched", **self.described(), "notes": dict(notes or {})}
+        write_archive(folder, self.state_dict(), described, {RECORD: self.record})
+
+    def described(self) -> dict[str, Any]:
+        """Its shape, JSON-able: what a manifest says so that a skeleton can be made from it."""
+        return {
             "source": self.source,
             "tree": self.tree.to_dict(),
             "plans": {node_key(node): plan.to_dict() for node, plan in self.plans.items()},
             "router_channels": {
                 node_key(node): self.router(node).channels for node in self.tree.inner
             },
-            "notes": dict(notes or {}),
         }
-        write_archive(folder, self.state_dict(), described, {RECORD: self.record})
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay must leave alone: it would pull every P towards uniform."""
@@ -204,11 +254,19 @@ class SigmaBranchNet(nn.Module):
         return self.heads[node_key(leaf)]
 
     def node_modules(self, node: NodeId) -> list[nn.Module]:
-        """The modules charged to ``node``: trunk or specializer, and its router or head."""
-        body = self.specializer(node) if node else self.trunk
+        """The modules charged to ``node``: trunk or specializer, and its router or head.
+
+        An early router, too, is charged to its own node: only inputs that pass it need it.
+        """
+        body = [self.specializer(node)] if node else self._trunk_modules()
         if node in self.tree.leaves:
-            return [body, self.head(node)]
-        return [body, self.router(node)] if self.has_router(node) else [body]
+            return [*body, self.head(node)]
+        return [*body, self.router(node)] if self.has_router(node) else body
+
+    def _trunk_modules(self) -> list[nn.Module]:
+        # Run in parts, a trunk is never called as a whole, so that no tracer can charge it.
+        whole = self.tree.decide_after is None
+        return [self.trunk] if whole else list(self.trunk.children())
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
@@ -240,7 +298,7 @@ class Path(nn.Module):
     def __init__(self, net: SigmaBranchNet, leaf: NodeId) -> None:
         super().__init__()
         inner = [leaf[:level] for level in range(len(leaf))]
-        self.trunk = net.trunk
+        self.trunk, self.decide_after = net.trunk, net.tree.decide_after
         self.routers = nn.ModuleDict(
             {str(len(node)): net.router(node) for node in inner if net.has_router(node)}
         )
@@ -251,13 +309,34 @@ class Path(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(logits (B, V), then log p (B, K) of each router on the path)."""
-        feature = self.trunk(x)
-        branches = []
+        until, rest = split_trunk(self.trunk, self.decide_after)
+        seen = until(x)
+        early = self.decide_after is not None
+        branches = [router(seen) for router in self.routers.values() if early]
+        feature = rest(seen)
         for level, specializer in enumerate(self.specializers):
-            if str(level) in self.routers:
+            if str(level) in self.routers and not early:
                 branches.append(self.routers[str(level)](feature))
             feature = specializer(feature)
         return (self.head(feature), *branches)
+
+
+def split_trunk(trunk: nn.Module, after: str | None) -> tuple[nn.Module, nn.Sequential]:
+    """A trunk up to and including its module ``after``, and the rest; None: all of it, and nothing.
+
+    Raises:
+        ConfigError: the trunk has no such module.
+    """
+    if after is None:
+        return trunk, nn.Sequential()
+    chain = dict(trunk.named_children()) if isinstance(trunk, nn.Sequential) else {}
+    name = after.replace(".", "_")
+    if name not in chain:
+        raise ConfigError(
+            f"tree decide_after={after!r} is no module of the trunk: choose from {', '.join(chain)}"
+        )
+    parts, stop = list(chain.items()), list(chain).index(name) + 1
+    return nn.Sequential(OrderedDict(parts[:stop])), nn.Sequential(OrderedDict(parts[stop:]))
 
 
 def by_node(modules: Mapping[NodeId, nn.Module]) -> nn.ModuleDict:

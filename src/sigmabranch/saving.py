@@ -52,13 +52,8 @@ def load_net(folder: Path | str, skeleton: nn.Module | Backbone | None = None) -
     """
     folder = Path(folder)
     manifest = read_manifest(folder, "branched")
-    backbone = _dense_skeleton(manifest, skeleton, folder)
-    with _described(folder):
-        tree = TreeSpec.from_dict(manifest["tree"])
-        plans = {_node(tree, key): SlicePlan.from_dict(p) for key, p in manifest["plans"].items()}
-        channels = {_node(tree, key): count for key, count in manifest["router_channels"].items()}
-        net = _skeleton(backbone, tree, plans, channels)
-        net.source, net.record = manifest["source"], files.read_json(folder / RECORD)
+    net = net_skeleton(manifest, folder, skeleton)
+    net.record = files.read_json(folder / RECORD)
     fill(net, folder)
     return net.eval()
 
@@ -66,7 +61,7 @@ def load_net(folder: Path | str, skeleton: nn.Module | Backbone | None = None) -
 def load_dense(folder: Path | str) -> nn.Module:
     """Read a dense network back, in eval mode on the CPU; raises as :func:`load_net` does."""
     folder = Path(folder)
-    model = _dense_skeleton(read_manifest(folder, "dense"), None, folder).model
+    model = dense_skeleton(read_manifest(folder, "dense"), folder).model
     fill(model, folder)
     return model.eval()
 
@@ -83,9 +78,28 @@ def _described(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _dense_skeleton(
-    manifest: Mapping[str, Any], skeleton: nn.Module | Backbone | None, folder: Path
+def net_skeleton(
+    manifest: Mapping[str, Any], folder: Path, skeleton: nn.Module | Backbone | None = None
+) -> SigmaBranchNet:
+    """A branched network without values (meta device), as the manifest in ``folder`` describes it.
+
+    Raises:
+        CheckpointError: the manifest does not describe a network, or only its owner can build it.
+    """
+    backbone = dense_skeleton(manifest, folder, skeleton)
+    with _described(folder):
+        tree = TreeSpec.from_dict(manifest["tree"])
+        plans = {_node(tree, key): SlicePlan.from_dict(p) for key, p in manifest["plans"].items()}
+        channels = {_node(tree, key): count for key, count in manifest["router_channels"].items()}
+        net = _skeleton(backbone, tree, plans, channels)
+        net.source = manifest["source"]
+    return net
+
+
+def dense_skeleton(
+    manifest: Mapping[str, Any], folder: Path, skeleton: nn.Module | Backbone | None = None
 ) -> Backbone:
+    """A dense network without values (meta device); raises as :func:`net_skeleton` does."""
     if skeleton is not None:
         backbone = as_backbone(skeleton)
         return replace(backbone, model=copy.deepcopy(backbone.model).to("meta"))

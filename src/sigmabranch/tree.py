@@ -38,6 +38,8 @@ class TreeSpec:
         projection_dim: length of the latent that each router reads.
         projection_dropout: dropout on the latent while training.
         cuts: the stage at which each level begins, or None for the backbone's last stages.
+        decide_after: the module of the trunk whose output all routers read, so that the whole path
+            is known before the trunk has ended; None lets each read its own node's output (paper).
     """
 
     leaves: tuple[NodeId, ...] = ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -46,6 +48,7 @@ class TreeSpec:
     projection_dim: int = 128
     projection_dropout: float = 0.1
     cuts: tuple[str, ...] | None = None
+    decide_after: str | None = None
 
     def __post_init__(self) -> None:
         _check_leaves(self.leaves)

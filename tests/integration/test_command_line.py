@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
-import sysconfig
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+from shell import COMMAND, ENVIRONMENT, Done, Shell
 
 pytestmark = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("sklearn", "fvcore", "lightning_fabric", "jinja2")),
     reason="needs the data, measure, train and report extras",
 )
 
-MANY = Path(__file__).with_name("many_commands.py")
-COMMAND = Path(sysconfig.get_path("scripts")) / "sigmabranch"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TIMEOUT = 180
 TINY = {
     "model.layers": "[1,1,1]",
@@ -41,12 +35,6 @@ TINY = {
     "finetune.batch_size": 20,
     "conversion.restarts": 2,
 }
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 def tiny(**changes: object) -> list[str]:
@@ -67,28 +55,6 @@ def start(*arguments: object) -> subprocess.Popen:
 def finish(process: subprocess.Popen) -> Done:
     out, err = process.communicate(timeout=TIMEOUT)
     return Done(process.returncode, out, err)
-
-
-class Shell:
-    """Runs command lines one after the other, for the price of one import."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, MANY],
-            env=ENVIRONMENT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, *arguments: object) -> Done:
-        self.process.stdin.write(json.dumps([str(part) for part in arguments]) + "\n")
-        self.process.stdin.flush()
-        return Done(*json.loads(self.process.stdout.readline()))
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(TIMEOUT)
 
 
 @pytest.fixture(scope="module")

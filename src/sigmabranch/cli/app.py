@@ -19,7 +19,10 @@ from sigmabranch.cli import (
     count,
     demo,
     evaluate,
+    export,
     finetune,
+    pack,
+    predict,
     recipe,
     run,
     table,
@@ -62,6 +65,9 @@ app.command("finetune")(finetune.command)
 app.command("evaluate")(evaluate.command)
 app.command("count")(count.command)
 app.command("compare")(compare.command)
+app.command("export")(export.command)
+app.command("pack")(pack.command)
+app.command("predict")(predict.command)
 app.command("recipe")(recipe.command)
 app.command("table")(table.command)
 

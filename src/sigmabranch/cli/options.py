@@ -29,6 +29,20 @@ OutBeside: TypeAlias = Annotated[
 OutFile: TypeAlias = Annotated[
     Path | None, typer.Option(help="Also write the result's JSON here.", show_default=False)
 ]
+Budget: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="Most memory for weights, e.g. 42MB.", metavar="SIZE", show_default="all of them"
+    ),
+]
+Bandwidth: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="Read no more than this a second, as from slower storage, e.g. 100MB.",
+        metavar="SIZE",
+        show_default=False,
+    ),
+]
 SameSeed: TypeAlias = Annotated[
     int | None, typer.Option(help="Another seed than the input's.", min=0, show_default=False)
 ]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +40,8 @@ from sigmabranch.conversion.select import (
 )
 from sigmabranch.conversion.shards import Loader, Shards
 from sigmabranch.coupling import SlicePlan, fingerprint, trace
-from sigmabranch.errors import ConversionError, DataError
-from sigmabranch.net import SigmaBranchNet, take
+from sigmabranch.errors import ConfigError, ConversionError, DataError
+from sigmabranch.net import SigmaBranchNet, split_trunk, take
 from sigmabranch.routing import Router
 from sigmabranch.tree import NodeId, TreeSpec, node_key
 
@@ -65,6 +66,8 @@ class Growth:
         self.loader, self.tree, self.spec = loader, tree, spec
         self.device, self.shards, self.progress = device, shards, progress
         self.levels = backbone.levels(tree.depth, tree.cuts)
+        self.trunk = self.backbone.section(self.levels.trunk)
+        self.until, self.rest = split_trunk(self.trunk, tree.decide_after)
         self.example = next(stream(loader, 2, device))[0]
         self.backbone.check(self.example)
         watched = (*self.levels.outputs(), self.backbone.head[-1], *self.backbone.whole)
@@ -77,7 +80,6 @@ class Growth:
             source=fingerprint(self.backbone.model.state_dict()),
             widths=tree.level_widths(source_widths),
         )
-        self.trunk = self.backbone.section(self.levels.trunk)
         self.specializers: dict[NodeId, nn.Module] = {}
         self.routers: dict[NodeId, Router] = {}
         self.heads: dict[NodeId, nn.Module] = {}
@@ -100,14 +102,24 @@ class Growth:
     def add_routers(self, nodes: Sequence[NodeId]) -> None:
         """A random projection for each node; its gate too, once the split is known."""
         for node in nodes:
-            kept = self.record.nodes[node][-1].kept if node else None
-            channels = len(kept) if kept else len(self.cutter.unit_of_channel(0))
+            channels = self._router_channels(node)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self._seed(node))
                 router = Router(channels, copy.deepcopy(self.backbone.pool), self.tree)
             self.routers[node] = router.eval().to(self.device)
             if node in self.record.splits:
                 self._set_gate(node)
+
+    def _router_channels(self, node: NodeId) -> int:
+        if node and self.tree.decide_after is None:
+            return len(self.record.nodes[node][-1].kept)
+        channels = self.backbone.pool(self.until(self.example)).shape[1]
+        if not channels:
+            raise ConfigError(
+                f"tree decide_after={self.tree.decide_after!r} leaves routers no channel to read: "
+                "choose a later module"
+            )
+        return channels
 
     def align(self, nodes: Sequence[NodeId]) -> None:
         """Turn the nodes' random projections to the principal axes of what they read.
@@ -116,8 +128,8 @@ class Growth:
         """
         moments = {node: Moments(self.routers[node].channels, self.device) for node in nodes}
         for x, y in self.stream(f"principal axes of level {len(nodes[0])}", self.spec.samples):
-            for node, feature, _ in self._arrivals(x, y, len(nodes[0])):
-                moments[node].add(self.backbone.pool(feature))
+            for node, seen, _ in self._arrivals(x, y, len(nodes[0])):
+                moments[node].add(self.backbone.pool(seen))
         for node in nodes:
             mean_C, axis_CC = moments[node].axes(self.shards, node_key(node))
             linear = self.routers[node].linear
@@ -136,8 +148,8 @@ class Growth:
             for node in nodes:  # which not every batch reaches
                 latents[node].append(none_0D)
                 labels[node].append(y[:0])
-            for node, feature, rows in self._arrivals(x, y, len(nodes[0])):
-                latents[node][-1] = self.routers[node].latent(feature)
+            for node, seen, rows in self._arrivals(x, y, len(nodes[0])):
+                latents[node][-1] = self.routers[node].latent(seen)
                 labels[node][-1] = y[rows]
         self.record.samples = int(self.shards.sum(samples))
         for node in nodes:
@@ -241,8 +253,8 @@ class Growth:
         }
         for x, y in self.stream(f"activations below level {depth}", self.spec.samples):
             pooled = self.dense_activations(x, depth + 1, deepest)
-            for node, feature, rows in self._arrivals(x, y, depth):
-                branch = self._branch(node, feature, y[rows])
+            for node, seen, rows in self._arrivals(x, y, depth):
+                branch = self._branch(node, seen, y[rows])
                 for level in range(depth + 1, self._deepest(node) + 1):
                     sums[node, level].add(pooled[level][rows], branch)
         outputs = self.levels.outputs()
@@ -361,7 +373,7 @@ class Growth:
         def run() -> None:
             samples = min(self.spec.samples, self.spec.norm_samples * len(nodes))
             for x, y in self.stream(f"batch norms of level {depth}", samples):
-                for node, feature, rows in self._entries(x, y, depth):
+                for node, feature, rows in self._entries(self.until(x), y, depth):
                     if len(rows) > 1:  # a batch norm cannot learn from one sample
                         output = self.specializers[node](feature)
                         if node in self.heads:
@@ -390,45 +402,52 @@ class Growth:
 
     # Walking the tree built so far.
 
-    def _entries(self, x: Tensor, y: Tensor, depth: int) -> Iterator[tuple[NodeId, Tensor, Tensor]]:
-        """Which samples reach which node at ``depth``: (node, its input, rows of the batch)."""
+    def _entries(self, early: Any, y: Tensor, depth: int) -> Iterator[tuple[NodeId, Any, Tensor]]:
+        """Which samples reach which node at ``depth``: (node, its input, rows of the batch).
+
+        The root's input is ``early``, the batch behind the first part of the trunk.
+        """
         root: NodeId = ()
-        frontier = [(root, x, torch.arange(len(x), device=x.device))]
+        rows_B = torch.arange(len(y), device=y.device)
+        frontier = [(root, take(early, rows_B), rows_B)]  # a copy: the trunk may work in place
         for _ in range(depth):
             frontier = [
                 entry
                 for node, feature, rows in frontier
                 if node in self.tree.inner
-                for entry in self._sent_on(node, feature, y, rows)
+                for entry in self._sent_on(node, feature, early, y, rows)
             ]
         yield from frontier
 
-    def _arrivals(
-        self, x: Tensor, y: Tensor, depth: int
-    ) -> Iterator[tuple[NodeId, Tensor, Tensor]]:
-        """Which samples reach which inner node at ``depth``: (node, its output, rows)."""
-        for node, feature, rows in self._entries(x, y, depth):
+    def _arrivals(self, x: Tensor, y: Tensor, depth: int) -> Iterator[tuple[NodeId, Any, Tensor]]:
+        """Which samples reach which inner node at ``depth``: (node, what it decides by, rows)."""
+        early = self.until(x)
+        for node, feature, rows in self._entries(early, y, depth):
             if node in self.tree.inner:
-                yield node, self._run(node, feature), rows
+                yield node, self._read(self._run(node, feature), early, rows), rows
 
     def _sent_on(
-        self, node: NodeId, feature: Tensor, y: Tensor, rows: Tensor
-    ) -> Iterator[tuple[NodeId, Tensor, Tensor]]:
+        self, node: NodeId, feature: Any, early: Any, y: Tensor, rows: Tensor
+    ) -> Iterator[tuple[NodeId, Any, Tensor]]:
         feature = self._run(node, feature)
-        branch_B = self._branch(node, feature, y[rows])
+        branch_B = self._branch(node, self._read(feature, early, rows), y[rows])
         for branch in (0, 1):
             chosen = (branch_B == branch).nonzero().flatten()
             if len(chosen):
                 yield (*node, branch), take(feature, chosen), rows[chosen]
 
-    def _run(self, node: NodeId, feature: Tensor) -> Tensor:
-        return (self.specializers[node] if node else self.trunk)(feature)
+    def _run(self, node: NodeId, feature: Any) -> Any:
+        return (self.specializers[node] if node else self.rest)(feature)
 
-    def _branch(self, node: NodeId, feature: Tensor, label_B: Tensor) -> Tensor:
+    def _read(self, output: Any, early: Any, rows: Tensor) -> Any:
+        """What a node's router reads: the node's output, or the early feature of its samples."""
+        return output if self.tree.decide_after is None else take(early, rows)
+
+    def _branch(self, node: NodeId, seen: Any, label_B: Tensor) -> Tensor:
         """The branch each sample belongs to: by its class where classes were clustered."""
         class_branch = self.record.splits[node].class_branch
         if class_branch is None:
-            return self.routers[node](feature).argmax(-1)
+            return self.routers[node](seen).argmax(-1)
         table_V = torch.tensor(class_branch, device=self.device)
         if int(label_B.max()) >= len(table_V):
             raise DataError(f"label {int(label_B.max())} was not among the calibration classes")

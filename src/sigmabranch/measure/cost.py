@@ -219,11 +219,12 @@ def _countable(model: nn.Module) -> Iterator[Any]:
 
 
 def _width(net: SigmaBranchNet, node: NodeId) -> int | None:
-    """Channels that the node hands on: what its router reads, or the last level's for a leaf."""
-    if node in net.tree.leaves:
+    """Channels that the node hands on: those of its last level, or what its own router reads."""
+    if node in net.tree.leaves or (node and net.early):
         widths = (net.record or {}).get("widths")
-        return widths[-1] if widths else None
-    return net.router(node).channels if net.has_router(node) else None
+        return widths[net.tree.levels_of(node)[-1] - 1] if widths else None
+    decides_inside = len(net.trunk_parts()[1]) > 0
+    return net.router(node).channels if net.has_router(node) and not decides_inside else None
 
 
 def _bytes(params: int) -> dict[str, int]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
+from sigmabranch.backbones import as_backbone
 from sigmabranch.errors import ConfigError
 from sigmabranch.peers.bench import Bench
 from sigmabranch.peers.sizing import tree_of_share
 from sigmabranch.peers.system import System, Trained
 from sigmabranch.tasks import Task
 from sigmabranch.tasks.counting import sketch
+from sigmabranch.tree import TreeSpec
 
 # What a row may change without leaving the table's recipe: the method, not the training.
 _OWN = ("tree", "conversion")
@@ -30,6 +33,8 @@ class SigmaBranch(System):
         settings: as ``--set`` takes them, of the sections tree, conversion and finetune.
         active_share: parameters of one path over those of the dense network; the widths of the
             tree's levels are solved for it. None leaves them as they are.
+        trunk_left: modules of the trunk that are still to run when all routers have decided, which
+            sets ``tree.decide_after`` whatever the network calls them. None leaves it as it is.
     """
 
     name: ClassVar[str] = "sigma-branch"
@@ -37,18 +42,24 @@ class SigmaBranch(System):
 
     settings: tuple[str, ...] = ()
     active_share: float | None = None
+    trunk_left: int | None = None
 
     def __post_init__(self) -> None:
         if self.active_share is not None and not 0 < self.active_share < 1:
             raise ConfigError(f"active_share must be between 0 and 1, got {self.active_share}")
+        if self.trunk_left is not None and self.trunk_left < 0:
+            raise ConfigError(f"trunk_left must be at least 0, got {self.trunk_left}")
 
     def task(self, task: Task) -> Task:
         """``task`` with this row's settings.
 
         Raises:
-            ConfigError: a setting that does not exist, or of the data or the dense network.
+            ConfigError: a setting that does not exist, or of the data or the dense network; or a
+                trunk that is shorter than ``trunk_left``.
         """
         changed = task.with_settings(self.settings)
+        if self.trunk_left is not None:
+            changed = replace(changed, tree=_decided_before(changed, self.trunk_left))
         if self.active_share is not None:
             changed = replace(changed, tree=tree_of_share(changed, self.active_share))
         if (changed.data, changed.model, changed.dense) != (task.data, task.model, task.dense):
@@ -88,6 +99,18 @@ class SigmaBranch(System):
             if value != before[name] and name not in _METHOD
         }
         return _written(changed)
+
+
+def _decided_before(task: Task, left: int) -> TreeSpec:
+    """The task's tree, decided so many modules before its trunk ends."""
+    with torch.device("meta"):
+        backbone = as_backbone(task.model.build())
+    trunk = backbone.levels(task.tree.depth, task.tree.cuts).trunk
+    if left >= len(trunk):
+        raise ConfigError(
+            f"trunk_left is {left}, but the trunk has {len(trunk)} modules: choose a smaller one"
+        )
+    return replace(task.tree, decide_after=trunk[-1 - left])
 
 
 def _written(changed: dict[str, Any]) -> str:

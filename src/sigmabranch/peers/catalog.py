@@ -116,6 +116,8 @@ ABLATIONS: Mapping[str, System] = {
     "distilled": _changed("finetune.distill_weight=0.5"),
     "depth-1": _changed("tree.depth=1"),
     "depth-3": _changed("tree.depth=3"),
+    "early-trunk": SigmaBranch(trunk_left=0),
+    "early-inside": SigmaBranch(trunk_left=1),
     **{f"active-{share}": SigmaBranch(active_share=share / 100) for share in (15, 25, 50, 60)},
 }  # fmt: skip
 

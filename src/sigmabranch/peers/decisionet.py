@@ -120,6 +120,8 @@ class DecisioNet(System):
     def check(self, task: Task) -> None:
         """The tree must fit the network, ``"own"`` know how to narrow it, and SciPy be there."""
         if self.topology == "tree":
+            if task.tree.decide_after is not None:
+                raise ConfigError("DecisioNet decides level by level: leave out tree.decide_after")
             sketch(task)
         else:
             self._one_path(task)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sigmabranch.errors import ConfigError
-from sigmabranch.net import SigmaBranchNet, SoftOutput, take
+from sigmabranch.net import Choice, SigmaBranchNet, SoftOutput
 from sigmabranch.peers.bench import Bench
 from sigmabranch.peers.system import System, Trained
 from sigmabranch.routing import Router
@@ -165,11 +165,13 @@ class FlatRouting(System):
 
 
 class FlatNet(SigmaBranchNet):
-    """A branched network that decides once, on the trunk's feature.
+    """A branched network that decides once, on what the root's router would read.
 
     Args:
         net: shares its trunk, specializers and heads.
     """
+
+    early = True
 
     def __init__(self, net: SigmaBranchNet) -> None:
         root, tree = net.router(()), net.tree
@@ -193,17 +195,19 @@ class FlatNet(SigmaBranchNet):
         sum_LD = router.gate.weight.new_zeros(router.gate.weight.shape)
         for x, _ in bench.calibration().part(0, 1, bench.task.conversion.samples):
             leaf_B = net.hard(x.to(bench.device)).leaf
-            latent_BD = router.latent(self.trunk(x.to(bench.device)))
+            latent_BD = router.latent(self.trunk_parts()[0](x.to(bench.device)))
             sum_LD.index_add_(0, leaf_B, F.normalize(latent_BD, dim=1))
         router.gate.weight.copy_(F.normalize(sum_LD, dim=1))
         router.gate.bias.zero_()
 
     def soft(self, x: Tensor) -> SoftOutput:
         """Run every node once; see :meth:`SigmaBranchNet.soft`."""
-        features: dict[NodeId, Any] = {(): self.trunk(x)}
+        until, rest = self.trunk_parts()
+        seen = until(x)
+        log_prob_BL = self.router(())(seen)
+        features: dict[NodeId, Any] = {(): rest(seen)}
         for node in self.tree.specializers:
             features[node] = self.specializer(node)(features[node[:-1]])
-        log_prob_BL = self.router(())(features[()])
         leaves = self.tree.leaves
         below = self.node_log_prob(log_prob_BL)
         branches = [
@@ -221,15 +225,18 @@ class FlatNet(SigmaBranchNet):
         """The likeliest leaf."""
         return soft.log_prob.argmax(dim=1)
 
-    def _descend(self, node: NodeId, feature: Any, rows: Tensor, log_prob: Tensor) -> Any:
-        best_B, leaf_B = self.router(node)(feature).max(dim=1)
-        for number, leaf in enumerate(self.tree.leaves):
-            chosen = (leaf_B == number).nonzero().flatten()
-            if len(chosen):
-                part = take(feature, chosen)
-                for level in range(len(leaf)):
-                    part = self.specializer(leaf[: level + 1])(part)
-                yield rows[chosen], self.head(leaf)(part), leaf_B[chosen], best_B[chosen]
+    def _decided(self, seen: Any, rows: Tensor) -> dict[NodeId, Choice]:
+        best_B, leaf_B = self.router(())(seen).max(dim=1)
+        decided = {}
+        for node in self.tree.inner:
+            right, under = (
+                torch.isin(leaf_B, rows.new_tensor(self.tree.leaves_under(below)))
+                for below in ((*node, 1), node)
+            )
+            # The whole choice is made, and its log p given, at the root.
+            gain_B = torch.zeros_like(best_B) if node else best_B
+            decided[node] = gain_B[under], right[under].long()
+        return decided
 
     def no_weight_decay(self) -> set[str]:
         """See :meth:`SigmaBranchNet.no_weight_decay`."""

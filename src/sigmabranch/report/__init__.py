@@ -17,6 +17,7 @@ from sigmabranch.report.ablation_table import ablation_table  # noqa: E402
 from sigmabranch.report.comparison import comparison_table  # noqa: E402
 from sigmabranch.report.comparison_page import write_comparison  # noqa: E402
 from sigmabranch.report.main_table import main_rows, main_table  # noqa: E402
+from sigmabranch.report.package_table import package_table  # noqa: E402
 from sigmabranch.report.page import Run, write_report  # noqa: E402
 from sigmabranch.report.published_table import published_table  # noqa: E402
 from sigmabranch.report.recipe_table import recipe_table  # noqa: E402
@@ -40,6 +41,7 @@ __all__ = [
     "main_rows",
     "main_table",
     "node_table",
+    "package_table",
     "published_table",
     "recipe_table",
     "systems_table",

@@ -77,6 +77,7 @@ _STATED: Mapping[str, Any] = {
     "data.test_limit": None,
     "tree.leaves": [[0, 0], [0, 1], [1, 0], [1, 1]],
     "tree.cuts": None,
+    "tree.decide_after": None,
     # Spherical k-means of the latents as they are, and channels by mean activation.
     "conversion.clusters": "latents",
     "conversion.channels": "activation",

@@ -1,0 +1,64 @@
+"""``sigmabranch pack``: a network becomes a package that a device reads node by node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from sigmabranch.archive import read_manifest
+from sigmabranch.cli import options
+from sigmabranch.cli.screen import print_result
+from sigmabranch.cli.source import read_source
+from sigmabranch.data import Dataset
+from sigmabranch.deploy import Package, pack
+from sigmabranch.measure import evaluate
+from sigmabranch.net import SigmaBranchNet
+from sigmabranch.report import package_table
+from sigmabranch.saving import load_dense, load_net
+from sigmabranch.tasks import open_task_data, ordered
+from sigmabranch.tasks.counting import example
+
+# Enough to tell a leaf that is used from one that is not.
+USAGE_SAMPLES = 2000
+
+
+def command(
+    net: Annotated[Path, typer.Argument(help="Folder of a dense or branched network.")],
+    data: options.Data = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the package.", show_default="NET-package"),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Write a network as a package; with --data it also knows class names and leaf usage."""
+    task, seed = read_source(net, None, None)
+    model = load_dense(net) if read_manifest(net)["kind"] == "dense" else load_net(net)
+    notes = {"task": task.to_dict(), "seed": seed}
+    usage: dict[str, float] = {}
+    if data is not None or task.data.name in ("digits", "shapes"):
+        dataset = open_task_data(task, data, torch.device("cpu"))
+        notes["classes"] = list(dataset.class_names)
+        usage = _usage(model, dataset) if isinstance(model, SigmaBranchNet) else {}
+    folder = out or net.resolve().with_name(f"{net.resolve().name}-package")
+    package = pack(model, folder, example(task), usage=usage, notes=notes)
+    print_result(_result(package), package_table(package).to_text(), as_json)
+
+
+def _usage(net: SigmaBranchNet, dataset: Dataset) -> dict[str, float]:
+    """Share of the training samples that take each leaf."""
+    first = dataset.limit(train=USAGE_SAMPLES).train
+    figures = evaluate(net, ordered(first))
+    return dict(zip(figures["leaves"], figures["usage"], strict=True))
+
+
+def _result(package: Package) -> dict[str, object]:
+    return {
+        "folder": str(package.folder),
+        "nodes": {key: node.weight_bytes for key, node in package.nodes.items()},
+        "path_bytes": {leaf: package.path_bytes(leaf) for leaf in package.leaves},
+        "usage": dict(package.usage),
+    }

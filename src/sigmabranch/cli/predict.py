@@ -1,0 +1,111 @@
+"""``sigmabranch predict``: run a package on pictures or samples, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from sigmabranch.cli import options
+from sigmabranch.cli.screen import print_result
+from sigmabranch.deploy import Package, Prediction, Runtime
+from sigmabranch.errors import CheckpointError, ConfigError
+from sigmabranch.tasks import Task, open_task_data
+
+TOP = 5
+
+
+def command(
+    package: Annotated[Path, typer.Argument(help="Folder made by pack.")],
+    pictures: Annotated[
+        list[Path] | None, typer.Argument(help="Picture files.", show_default=False)
+    ] = None,
+    sample: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Number of a held-out sample of the data set. Repeatable.",
+            min=0,
+            show_default=False,
+        ),
+    ] = None,
+    data: options.Data = None,
+    budget: options.Budget = None,
+    bandwidth: options.Bandwidth = None,
+    prefetch: Annotated[
+        bool, typer.Option(help="Read likely branches before they are decided.")
+    ] = True,
+    as_json: options.Json = False,
+) -> None:
+    """Run a package on one input after the other, reading only each one's path."""
+    if not pictures and not sample:
+        raise ConfigError("nothing to predict: give picture files, or --sample NUMBER")
+    with Runtime.open(
+        package, budget=budget, prefetch=prefetch, bytes_per_second=bandwidth
+    ) as runtime:
+        task, names = described(runtime.package)
+        rows = [
+            {"input": title, **_row(runtime.predict(x), names)}
+            for title, x in (
+                *_pictures(runtime.package, task, pictures or ()),
+                *_samples(task, sample or (), data),
+            )
+        ]
+        result = {"budget": runtime.budget, "peak_bytes": runtime.peak_bytes, "inputs": rows}
+    print_result(result, "\n".join(map(_line, rows)), as_json)
+
+
+def described(package: Package) -> tuple[Task, Sequence[str]]:
+    """The task that a package belongs to, and the names of its classes.
+
+    Raises:
+        CheckpointError: it was packed without its task.
+    """
+    if "task" not in package.notes:
+        raise CheckpointError(
+            f"{package.folder} was packed without its task: use the Python API, or pack with one"
+        )
+    names = package.notes.get("classes") or [str(number) for number in range(package.classes)]
+    return Task.from_dict(package.notes["task"]), names
+
+
+def _pictures(package: Package, task: Task, paths: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    if not paths:
+        return
+    from sigmabranch.data.single import picture_input  # noqa: PLC0415 (loads Pillow)
+
+    for path in paths:
+        yield str(path), picture_input(task.data.name, path, package.input_shape[-1])
+
+
+def _samples(task: Task, numbers: Sequence[int], data: Path | None) -> Iterator[tuple[str, Tensor]]:
+    if not numbers:
+        return
+    test = open_task_data(task, data, torch.device("cpu")).test
+    for number in numbers:
+        if number >= len(test):
+            raise ConfigError(f"there is no sample {number}: the last one is {len(test) - 1}")
+        x, _ = next(iter(test.batches(torch.tensor([number]), 1)))
+        yield f"sample {number}", x
+
+
+def _row(prediction: Prediction, names: Sequence[str]) -> dict[str, Any]:
+    probability, label = prediction.logits.softmax(0).topk(min(TOP, len(names)))
+    top = zip(probability.tolist(), label.tolist(), strict=True)
+    return {
+        "leaf": prediction.leaf,
+        "top": [{"class": names[label], "probability": p} for p, label in top],
+        "trace": prediction.trace.to_dict(),
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    best, trace = row["top"][0], row["trace"]
+    return (
+        f"{row['input']}: {best['class']} ({best['probability']:.1%}), leaf {row['leaf']}, "
+        f"{trace['bytes_read'] / 1e6:.3f} MB read, {trace['total_ms']:.1f} ms "
+        f"({trace['wait_ms']:.1f} waiting)"
+    )

@@ -1,0 +1,68 @@
+"""In which order the segments of a package run, along a route that becomes known on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from sigmabranch.deploy.blocks import ROUTER
+from sigmabranch.deploy.package import Package, ancestry
+from sigmabranch.deploy.segment import Segment
+
+
+class Program:
+    """The segments of a package in order.
+
+    Args:
+        package: what is run.
+
+    Attributes:
+        segments: all of them, parents before children.
+    """
+
+    def __init__(self, package: Package) -> None:
+        self._body: dict[str, tuple[Segment, ...]] = {}
+        self._router: dict[str, Segment] = {}
+        for key, node in package.nodes.items():
+            parts = [Segment(node=key, blocks=(block,)) for block in node.blocks]
+            if parts[-1].names == (ROUTER,):
+                self._router[key] = parts.pop()
+            self._body[key] = tuple(parts)
+        self._before_decision = package.nodes["root"].decides_after
+        self.early = self._before_decision < len(self._body["root"])
+        self.segments = tuple(s for node in self._body for s in self.of(node))
+
+    def of(self, node: str) -> tuple[Segment, ...]:
+        """A node's segments in order; its router comes first where it decides early."""
+        router = (self._router[node],) if node in self._router else ()
+        if not self.early:
+            return (*self._body[node], *router)
+        if node == "root":
+            cut = self._before_decision
+            return (*self._body[node][:cut], *router, *self._body[node][cut:])
+        return (*router, *self._body[node])
+
+    def is_router(self, segment: Segment) -> bool:
+        """Whether running it decides a branch."""
+        return self._router.get(segment.node) is segment
+
+    def steps(self, route: Sequence[str]) -> Iterator[Segment]:
+        """The segments that ``route`` runs; it may be extended while this is walked.
+
+        Args:
+            route: the nodes known so far, root first. Every router that is yielded adds the next
+                node before the walk goes on.
+        """
+        cut = self._before_decision if self.early else 0
+        yield from self._body["root"][:cut]
+        if self.early:
+            for node in route:
+                if node in self._router:
+                    yield self._router[node]
+        for node in route:
+            yield from self._body[node][cut if node == "root" else 0 :]
+            if not self.early and node in self._router:
+                yield self._router[node]
+
+    def below(self, node: str) -> tuple[str, ...]:
+        """The nodes under ``node``, parents before children."""
+        return tuple(key for key in self._body if node in ancestry(key) and key != node)

@@ -1,0 +1,220 @@
+"""One input at a time through a package, reading only its path, within a byte budget."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from sigmabranch.backbones import Backbone
+from sigmabranch.deploy.engines import EagerEngine
+from sigmabranch.deploy.loader import Loader
+from sigmabranch.deploy.package import Package, child
+from sigmabranch.deploy.planner import Planner
+from sigmabranch.deploy.prior import LeafPrior
+from sigmabranch.deploy.program import Program
+from sigmabranch.deploy.residency import Residency
+from sigmabranch.deploy.segment import Segment
+from sigmabranch.deploy.slots import byte_count
+from sigmabranch.deploy.storage import NodeFile, Throttle
+from sigmabranch.deploy.trace import Trace, milliseconds
+from sigmabranch.errors import DataError, NumericError
+
+
+class Prediction(NamedTuple):
+    """What the network says about one input.
+
+    Attributes:
+        logits: (V,) float32.
+        leaf: key of the leaf that said it; ``"root"`` of a dense network.
+        trace: what it cost.
+    """
+
+    logits: Tensor
+    leaf: str
+    trace: Trace
+
+
+class Runtime:
+    """A package that is open for predictions; make it with :meth:`open`, close it after use.
+
+    Predictions may come from several threads; they are made one after the other.
+    """
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path | str,
+        *,
+        budget: int | str | None = None,
+        skeleton: nn.Module | Backbone | None = None,
+        prefetch: bool = True,
+        direct: bool = True,
+        bytes_per_second: int | str | None = None,
+    ) -> Self:
+        """Open a package.
+
+        Args:
+            folder: written by :func:`~sigmabranch.deploy.package.pack`.
+            budget: bytes for weights, such as ``"42MB"``, those on their way included; everything
+                fits if None.
+            skeleton: a dense network of the same shape, where this library cannot build it.
+            prefetch: read the likeliest branch while its router is not decided yet; what the
+                router then does not choose is read in vain.
+            direct: read around the page cache where the file system can.
+            bytes_per_second: read no faster than this, such as ``"100MB"``.
+
+        Raises:
+            CheckpointError: no package, or a damaged one.
+            ConfigError: a budget too small to run at all; the message names the least.
+        """
+        rate = None if bytes_per_second is None else float(byte_count(bytes_per_second))
+        package = Package(folder)
+        return cls(package, skeleton, budget, prefetch, direct, Throttle(rate))
+
+    def __init__(
+        self,
+        package: Package,
+        skeleton: nn.Module | Backbone | None,
+        budget: int | str | None,
+        prefetch: bool,
+        direct: bool,
+        throttle: Throttle,
+    ) -> None:
+        self.package = package
+        self._engine = EagerEngine(package.skeleton(skeleton))
+        self._program = Program(package)
+        segments = self._program.segments
+        everything = sum(segment.bytes for segment in segments)
+        self.budget = everything if budget is None else byte_count(budget)
+        self._residency = Residency(segments, self.budget)
+        prior = LeafPrior(package.leaves, package.usage)
+        self._planner = Planner(self._program, prior, self._residency, prefetch=prefetch)
+        self._lock = threading.Lock()
+        with ExitStack() as closing:
+            opened = {}
+            for key, node in package.nodes.items():
+                opened[key] = NodeFile(package.folder / node.file, direct=direct)
+                closing.callback(opened[key].close)
+            self._loader = Loader(self._residency, opened, throttle)
+            closing.callback(self._residency.forget)
+            closing.callback(self._loader.join)
+            closing.callback(self._residency.close)
+            self._closing = closing.pop_all()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(1, V) logits of one input: the drop-in replacement for the network."""
+        return self.predict(x).logits[None]
+
+    def predict(self, x: Tensor) -> Prediction:
+        """Run one input.
+
+        Args:
+            x: float32 of the package's input shape, with or without a batch axis of one.
+
+        Raises:
+            DataError: an input of another shape or dtype, or with NaN or infinity.
+            StorageError: weights could not be read, or are not those that were packed. The runtime
+                remains usable: the next input tries again.
+            NumericError: NaN or infinite logits.
+        """
+        x = self._checked(x)
+        with self._lock:
+            began = time.perf_counter()
+            self._residency.read()
+            trace = Trace()
+            try:
+                logits = self._walk(x, trace)
+            finally:
+                self._planner.bytes_per_second = self._loader.bytes_per_second
+                self._planner.ended(trace.leaf or None)
+            trace.total_ms = 1e3 * (time.perf_counter() - began)
+            self._account(trace)
+        if not logits.isfinite().all():
+            raise NumericError("the network gave NaN or infinite logits for this input")
+        return Prediction(logits, trace.leaf, trace)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes of weights that were ever in memory or on their way at once."""
+        return self._residency.slots.peak
+
+    def forget(self, keep: int | str = 0) -> None:
+        """Drop the weights in memory, as if other work had needed it.
+
+        Args:
+            keep: bytes of those that run first, which stay if they are there.
+        """
+        with self._lock:
+            self._residency.forget(byte_count(keep) if keep else 0)
+
+    def close(self) -> None:
+        """End the loader and close the files; a second time does nothing."""
+        self._closing.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _checked(self, x: Tensor) -> Tensor:
+        shape = self.package.input_shape
+        if x.dtype != torch.float32 or tuple(x.shape) not in (shape, (1, *shape)):
+            raise DataError(
+                f"the input is {x.dtype} of shape {tuple(x.shape)}, but the package takes one "
+                f"float32 input of shape {shape}"
+            )
+        if not x.isfinite().all():
+            raise DataError("the input holds NaN or infinity: check what made it")
+        x = x.reshape(1, *shape)
+        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+    def _walk(self, x: Tensor, trace: Trace) -> Tensor:
+        """Run the segments of the path in order; each router extends it."""
+        route, feature = ["root"], x
+        self._planner.known(route)
+        for segment in self._program.steps(route):
+            out = self._run(segment, feature, trace)
+            if self._program.is_router(segment):
+                route.append(child(route[-1], int(out.argmax())))
+                self._planner.known(route)
+            else:
+                feature = out
+        trace.leaf = route[-1]
+        return feature[0].clone()
+
+    def _run(self, segment: Segment, feature: Any, trace: Trace) -> Any:
+        entry = trace.node(segment.node)
+        entry.bytes += segment.bytes
+        with milliseconds(entry, "wait_ms"):
+            tensors = self._residency.acquire(segment)
+        try:
+            began = time.perf_counter()
+            with milliseconds(entry, "compute_ms"):
+                out = self._engine.run(segment, tensors, feature)
+            self._planner.ran(segment, time.perf_counter() - began)
+            return out
+        finally:
+            self._residency.release(segment)
+
+    def _account(self, trace: Trace) -> None:
+        """What was read since the input came, and what for."""
+        read = self._residency.read()
+        trace.bytes_read = sum(read.values())
+        for entry in trace.nodes:
+            for segment in self._program.of(entry.node):
+                entry.hit_bytes += segment.bytes if segment not in read else 0
+        route = {entry.node for entry in trace.nodes}
+        trace.wasted_bytes = sum(n for segment, n in read.items() if segment.node not in route)

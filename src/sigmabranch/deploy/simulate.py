@@ -1,0 +1,139 @@
+"""How long an input takes on a device that is not at hand: a small analytic model.
+
+Segments are loaded one after the other and computed one after the other; a segment is computed when
+it is loaded and the one before it is done, and loaded once it is known that it will run:
+
+    loaded(i)   = max(loaded(i - 1), known(i)) + bytes(i) / bandwidth + overhead
+    computed(i) = max(computed(i - 1), loaded(i)) + seconds(i)
+
+No schedule is faster than ``max(Σ bytes / bandwidth, Σ seconds)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from sigmabranch.deploy.package import Package, ancestry
+from sigmabranch.deploy.planner import Planner
+from sigmabranch.deploy.prior import LeafPrior
+from sigmabranch.deploy.program import Program
+from sigmabranch.deploy.residency import Residency
+from sigmabranch.deploy.segment import Segment
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One segment of a path.
+
+    Attributes:
+        bytes: to load; 0 if it is in memory.
+        seconds: to compute.
+        decides: whether what follows in the list, up to the next such step, is known only when
+            this one is computed.
+        gated: whether it is known only when the last deciding step before it is computed.
+    """
+
+    bytes: int
+    seconds: float
+    decides: bool = False
+    gated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Storage:
+    """What weights are read from.
+
+    Attributes:
+        bytes_per_second: sustained.
+        request_seconds: of overhead for each segment.
+    """
+
+    bytes_per_second: float
+    request_seconds: float = 0.0
+
+
+def latency(steps: Iterable[Step], storage: Storage) -> float:
+    """Seconds from the input to the logits, with loading and computing overlapped."""
+    loaded = computed = decided = 0.0
+    for step in steps:
+        if step.bytes:
+            begin = max(loaded, decided) if step.gated else loaded
+            loaded = begin + step.bytes / storage.bytes_per_second + storage.request_seconds
+            computed = max(computed, loaded)
+        computed += step.seconds
+        if step.decides:
+            decided = computed
+    return computed
+
+
+def floor(steps: Sequence[Step], storage: Storage) -> float:
+    """Seconds below which no schedule can be."""
+    loading = sum(step.bytes for step in steps) / storage.bytes_per_second
+    return max(loading, sum(step.seconds for step in steps))
+
+
+def path_steps(
+    package: Package,
+    leaf: str,
+    seconds: Callable[[Segment], float],
+    *,
+    resident_bytes: int = 0,
+    foreseen: bool = False,
+) -> list[Step]:
+    """The steps of one path.
+
+    Args:
+        package: what is run.
+        leaf: where the path ends.
+        seconds: how long a segment takes to compute.
+        resident_bytes: so many of the first bytes are in memory.
+        foreseen: the path is guessed rightly before it is decided.
+    """
+    program = Program(package)
+    steps, held = [], 0
+    for segment in program.steps(ancestry(leaf)):
+        held += segment.bytes
+        steps.append(
+            Step(
+                bytes=0 if held <= resident_bytes else segment.bytes,
+                seconds=seconds(segment),
+                decides=program.is_router(segment),
+                gated=not foreseen and segment.node != "root",
+            )
+        )
+    return steps
+
+
+def streamed_bytes(package: Package, budget: int, leaves: Iterable[str]) -> list[int]:
+    """Bytes read for each input of a stream that takes these leaves, nothing guessed.
+
+    It runs the very policy of the :class:`~sigmabranch.deploy.runtime.Runtime` without its storage.
+
+    Raises:
+        ConfigError: a budget too small to run at all.
+    """
+    program = Program(package)
+    residency = Residency(program.segments, budget)
+    planner = Planner(program, LeafPrior(package.leaves, package.usage), residency, prefetch=False)
+    counts = []
+    for leaf in leaves:
+        path, route = ancestry(leaf), ["root"]
+        planner.known(route)
+        for segment in program.steps(route):
+            _load_due(residency)
+            residency.acquire(segment)
+            residency.release(segment)
+            planner.ran(segment, 0.0)
+            if program.is_router(segment):
+                route.append(path[len(route)])
+                planner.known(route)
+        planner.ended(leaf)
+        counts.append(sum(residency.read().values()))
+    return counts
+
+
+def _load_due(residency: Residency) -> None:
+    while (job := residency.due()) is not None:
+        residency.arrived(job[0], job[0].bytes)
+        residency.ready(job[0], {})

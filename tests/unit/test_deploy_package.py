@@ -1,0 +1,276 @@
+"""Packages: the stored network is the network, any reader opens it, and damage is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from conftest import randomise
+from sigmabranch.backbones import PointNet2, PointNet2Spec, ResNet, ResNetSpec, ViT, ViTSpec
+from sigmabranch.conversion import blueprint
+from sigmabranch.deploy.blocks import folded_nodes
+from sigmabranch.deploy.fold import fold, foldable
+from sigmabranch.deploy.package import Package, pack
+from sigmabranch.deploy.storage import PAGE
+from sigmabranch.errors import CheckpointError, ConversionError
+from sigmabranch.tree import TreeSpec
+
+
+@pytest.fixture(scope="module")
+def net(dense):
+    return randomise(blueprint(dense, torch.zeros(1, 1, 8, 8)))
+
+
+@pytest.fixture(scope="module")
+def packed(net, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("package")
+    pack(net, folder, torch.randn(1, 1, 8, 8), usage={"0-0": 0.7}, notes={"task": "none"})
+    return folder
+
+
+@pytest.fixture
+def folder(packed, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(packed, tmp_path / "package")
+
+
+def test_every_node_has_a_file_that_a_plain_reader_opens(net, packed):
+    package = Package(packed)
+    assert list(package.nodes) == ["root", "0", "1", "0-0", "0-1", "1-0", "1-1"]
+    for node in package.nodes.values():
+        names = [n for block in node.blocks for t in block.tensors for n in [t.name]]
+        tensors = load_file(packed / node.file)
+        assert [name for name in tensors if not name.startswith("__pad__")] != []
+        assert set(names) == {name for name in tensors if not name.startswith("__pad__")}
+
+
+def test_blocks_are_pages_in_order_of_execution_and_tensors_start_on_cache_lines(packed):
+    for node in Package(packed).nodes.values():
+        size = (packed / node.file).stat().st_size
+        end = node.blocks[0].offset
+        assert end % PAGE == 0 and end >= PAGE
+        for block in node.blocks:
+            assert block.offset == end and block.bytes % PAGE == 0
+            assert all(tensor.offset % 64 == 0 for tensor in block.tensors)
+            end += block.bytes
+        assert end == size == node.bytes
+
+
+def test_stored_tensors_are_those_of_the_folded_network(net, packed):
+    package = Package(packed)
+    for node in folded_nodes(net):
+        with open(packed / package.nodes[node.key].file, "rb") as file:
+            data = bytearray(file.read())
+        for block, stored in zip(node.blocks, package.nodes[node.key].blocks, strict=True):
+            part = memoryview(data)[stored.offset : stored.offset + stored.bytes]
+            found = stored.tensors_in(part)
+            assert found.keys() == block.tensors().keys()
+            for name, tensor in block.tensors().items():
+                assert torch.equal(found[name], tensor), name
+
+
+def test_usage_notes_and_shapes_are_kept(packed):
+    package = Package(packed)
+    assert package.usage == {"0-0": 0.7} and package.notes == {"task": "none"}
+    assert package.input_shape == (1, 8, 8) and package.classes == 5
+    assert package.leaves == ("0-0", "0-1", "1-0", "1-1")
+
+
+def test_path_bytes_are_those_of_the_nodes_on_the_path(packed):
+    package = Package(packed)
+    nodes = (package.nodes[key] for key in ("root", "1", "1-0"))
+    assert package.path_bytes("1-0") == sum(node.bytes - node.blocks[0].offset for node in nodes)
+
+
+def test_no_batch_norm_of_a_resnet_is_left(net):
+    for node in folded_nodes(net):
+        for block in node.blocks:
+            assert not any(isinstance(part, nn.BatchNorm2d) for part in block.module.modules())
+
+
+def test_packing_leaves_the_network_alone(net, tmp_path):
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    pack(net, tmp_path, torch.randn(1, 1, 8, 8))
+    assert before.keys() == net.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("model", ["resnet", "pointnet2"])
+def test_dense_networks_of_every_family_fit_their_packages(model, tmp_path):
+    dense, example = {
+        "resnet": lambda: (
+            ResNet(ResNetSpec(layers=(1, 1), planes=(2, 3), strides=(1, 2), block="basic")),
+            torch.randn(1, 3, 32, 32),
+        ),
+        "pointnet2": lambda: (
+            PointNet2(
+                PointNet2Spec(
+                    widths=((4, 4), (4, 6), (6, 8)),
+                    centroids=(8, 4),
+                    radii=(0.4, 0.8),
+                    neighbours=(4, 4),
+                    connected=(8, 6),
+                )
+            ),
+            torch.randn(1, 16, 3) / 4,
+        ),
+    }[model]()
+    package = pack(randomise(dense), tmp_path, example)
+    assert package.leaves == ("root",)
+    assert [node.key for node in package.skeleton()] == ["root"]
+
+
+def test_a_network_that_is_no_row_of_modules_is_refused(tmp_path):
+    with pytest.raises(ConversionError, match="not its parts in a row"):
+        pack(ViT(ViTSpec(width=8, depth=2, heads=2)), tmp_path, torch.randn(1, 3, 32, 32))
+    assert not list(tmp_path.iterdir())
+
+
+class Twice(nn.Module):
+    """A convolution whose output is read by its norm and by somebody else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 1)
+        self.norm = nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.norm(y) + y
+
+
+class Hostile(nn.Module):
+    """Python that no trace can follow, around a part that one can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+
+    def forward(self, pair):
+        first, second = pair
+        return self.inside(first if first.sum() > 0 else second)
+
+
+def test_a_norm_is_folded_only_where_it_alone_reads_the_convolution():
+    assert foldable(Twice()) == []
+    assert (
+        foldable(nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, track_running_stats=False)))
+        == []
+    )
+    shared = nn.Conv2d(2, 2, 1)
+    assert foldable(nn.Sequential(shared, nn.BatchNorm2d(2), shared)) == []
+
+
+def test_folding_reaches_into_modules_that_cannot_be_traced_as_a_whole():
+    module = Hostile().eval()
+    nn.init.normal_(module.inside[1].running_mean)
+    x = torch.ones(1, 2, 3, 3)
+    expected = module((x, x))
+    pairs = foldable(module)
+    assert pairs == [("inside.0", "inside.1")]
+    fold(module, pairs)
+    torch.testing.assert_close(module((x, x)), expected)
+
+
+def test_linear_layers_fold_too():
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    nn.init.normal_(module[1].running_mean)
+    x = torch.randn(5, 3)
+    expected = module(x)
+    fold(module, foldable(module))
+    torch.testing.assert_close(module(x), expected)
+
+
+def test_a_flipped_byte_anywhere_is_refused(folder):
+    for name in ("0-1.safetensors", "root.safetensors", "manifest.json"):
+        path = folder / name
+        whole = bytearray(path.read_bytes())
+        for position in (9, len(whole) // 2, len(whole) - 3):
+            whole[position] ^= 1
+            path.write_bytes(whole)
+            with pytest.raises(CheckpointError, match=r"damaged|schema|belongs"):
+                Package(folder).verify()
+            whole[position] ^= 1
+        path.write_bytes(whole)
+    Package(folder).verify()
+
+
+def test_missing_truncated_and_foreign_files_are_refused(folder, dense, tmp_path):
+    (folder / "1.safetensors").rename(folder / "away")
+    with pytest.raises(CheckpointError, match=r"1\.safetensors is missing: copy"):
+        Package(folder)
+    (folder / "away").rename(folder / "1.safetensors")
+    with open(folder / "1.safetensors", "r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(CheckpointError, match="5000 bytes instead of"):
+        Package(folder)
+    with pytest.raises(CheckpointError, match="holds no package"):
+        Package(tmp_path / "nowhere")
+
+
+def rewritten(folder, change):
+    """The manifest with a change and a hash that fits it, as a tamperer would write it."""
+    from sigmabranch.deploy.package import _own_hash
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest.pop("sha256")
+    change(manifest)
+    manifest["sha256"] = _own_hash(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["nodes"][1].update(file="../0.safetensors"), "outside its own folder"),
+        (lambda m: m["nodes"][1].update(file="/etc/passwd"), "outside its own folder"),
+        (lambda m: m["nodes"][1]["blocks"][0].update(offset=100), "does not lie on pages"),
+        (lambda m: m["nodes"][1]["blocks"][0]["tensors"][0].update(offset=1 << 30), "lie in block"),
+        (lambda m: m["nodes"][1]["blocks"][0]["tensors"][1].update(shape=[-1]), "lie in block"),
+        (lambda m: m["nodes"][1]["blocks"][0]["tensors"][0].update(dtype="F7"), "no known form"),
+        (lambda m: m["nodes"][1]["blocks"][-1].update(bytes=1 << 20), "shorter than its block"),
+        (lambda m: m.pop("input"), "damaged"),
+        (lambda m: m.update(schema=99), "schema 99"),
+        (lambda m: m.update(nodes=7), "damaged"),
+    ],
+)
+def test_a_manifest_that_asks_for_the_impossible_is_refused(folder, change, message):
+    rewritten(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        Package(folder)
+
+
+def test_a_package_of_another_network_does_not_fit(folder):
+    def narrower(manifest):
+        tensors = manifest["nodes"][3]["blocks"][0]["tensors"]
+        tensors[0]["shape"][0] -= 1
+
+    rewritten(folder, narrower)
+    with pytest.raises(CheckpointError, match="another shape"):
+        Package(folder).skeleton()
+
+
+def test_packing_again_replaces_the_package(net, folder):
+    pack(net, folder, torch.randn(1, 1, 8, 8), usage={"1-1": 1.0})
+    package = Package(folder)
+    package.verify()
+    assert package.usage == {"1-1": 1.0}
+    assert not list(folder.glob(".*"))
+
+
+def test_an_unbalanced_tree_packs(dense, tmp_path):
+    tree = TreeSpec(leaves=((0,), (1, 0), (1, 1)))
+    net = randomise(blueprint(dense, torch.zeros(1, 1, 8, 8), tree))
+    package = pack(net, tmp_path, torch.randn(1, 1, 8, 8))
+    assert package.leaves == ("0", "1-0", "1-1")
+
+
+def test_headers_are_plain_safetensors_metadata(packed):
+    with safe_open(packed / "0.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}

@@ -1,0 +1,128 @@
+"""The analytic model: its arithmetic, its floor, and its agreement with the throttled runtime."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import randomise
+from sigmabranch.backbones import ResNet, ResNetSpec
+from sigmabranch.conversion import ConversionSpec, convert
+from sigmabranch.deploy import Runtime, pack
+from sigmabranch.deploy.simulate import (
+    Step,
+    Storage,
+    floor,
+    latency,
+    path_steps,
+    streamed_bytes,
+)
+from sigmabranch.tree import TreeSpec, node_key
+
+SLOW = Storage(bytes_per_second=10.0)
+
+
+def test_loading_and_computing_overlap():
+    steps = [Step(bytes=10, seconds=0.5), Step(bytes=20, seconds=0.25), Step(bytes=10, seconds=2.0)]
+    assert latency(steps, SLOW) == pytest.approx(6.0)  # 4 s of loading, then the last block
+    assert latency([Step(bytes=0, seconds=1.0)] * 3, SLOW) == pytest.approx(3.0)
+
+
+def test_a_branch_that_is_not_known_waits_for_its_router():
+    root = [Step(bytes=10, seconds=3.0), Step(bytes=0, seconds=0.0, decides=True)]
+    gated = [*root, Step(bytes=10, seconds=1.0, gated=True)]
+    foreseen = [*root, Step(bytes=10, seconds=1.0)]
+    assert latency(gated, SLOW) == pytest.approx(1 + 3 + 1 + 1)
+    assert latency(foreseen, SLOW) == pytest.approx(1 + 3 + 1)
+
+
+def test_requests_cost_time():
+    storage = Storage(bytes_per_second=10.0, request_seconds=0.5)
+    assert latency([Step(bytes=10, seconds=0.0)] * 2, storage) == pytest.approx(3.0)
+
+
+step = st.builds(
+    Step,
+    bytes=st.integers(0, 1000),
+    seconds=st.floats(0, 10),
+    decides=st.booleans(),
+    gated=st.booleans(),
+)
+
+
+@given(st.lists(step, min_size=1, max_size=12), st.floats(1, 1e4))
+def test_no_schedule_beats_the_floor_and_knowing_more_never_hurts(steps, rate):
+    storage = Storage(bytes_per_second=rate)
+    known = [Step(bytes=s.bytes, seconds=s.seconds, decides=s.decides) for s in steps]
+    assert floor(steps, storage) <= latency(known, storage) * (1 + 1e-9)
+    assert latency(known, storage) <= latency(steps, storage) * (1 + 1e-9)
+    one_by_one = sum(s.bytes / rate + s.seconds for s in steps)
+    assert latency(steps, storage) <= one_by_one * (1 + 1e-9)
+
+
+@pytest.fixture(scope="module", params=[None, "layer1"])
+def case(request, tmp_path_factory):
+    """A package of a megabyte, an input for each leaf."""
+    spec = ResNetSpec(
+        layers=(1, 1, 2, 1), planes=(8, 16, 48, 96), strides=(1, 2, 1, 2), stem="cifar", classes=5
+    )
+    dense = randomise(ResNet(spec))
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(64) % 4
+    x = torch.randn(4, 3, 8, 8, generator=generator)[y]
+    x = x + 0.3 * torch.randn(64, 3, 8, 8, generator=generator)
+    settings = ConversionSpec(balanced=True, centred=True, norm_samples=32, restarts=2)
+    tree = TreeSpec(projection_dim=8, decide_after=request.param)
+    net = convert(dense, [(x, y)], tree, spec=settings)
+    with torch.no_grad():
+        leaf = net.hard(x).leaf
+    keys = [node_key(name) for name in net.tree.leaves]
+    assert len(leaf.unique()) == len(keys)
+    package = pack(net, tmp_path_factory.mktemp("package"), x[:1])
+    return package, {key: x[leaf == number][0] for number, key in enumerate(keys)}
+
+
+def test_the_model_agrees_with_the_throttled_runtime(case):
+    """Storage so slow that what is measured is waiting, which a busy machine does not change."""
+    package, of_leaf = case
+    rate = max(package.path_bytes(leaf) for leaf in of_leaf) / 0.8
+    with Runtime.open(package.folder, prefetch=False, bytes_per_second=int(rate)) as runtime:
+        for leaf, x in of_leaf.items():
+            runtime.forget()
+            trace = runtime.predict(x).trace
+            spread = sum(len(node.blocks) for node in package.path(leaf))
+            computing = trace.compute_ms / 1e3 / spread
+            steps = path_steps(package, leaf, lambda segment, each=computing: each)
+            modelled = latency(steps, Storage(bytes_per_second=rate))
+            assert trace.total_ms / 1e3 == pytest.approx(modelled, rel=0.1)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.7, 0.5])
+def test_simulated_bytes_are_those_of_the_runtime(case, share):
+    package, of_leaf = case
+    total = sum(node.weight_bytes for node in package.nodes.values())
+    chosen = random.Random(0)
+    leaves = [chosen.choice(list(of_leaf)) for _ in range(40)]
+    simulated = streamed_bytes(package, int(share * total), leaves)
+    with Runtime.open(package.folder, budget=int(share * total), prefetch=False) as runtime:
+        measured = [runtime.predict(of_leaf[leaf]).trace.bytes_read for leaf in leaves]
+    assert sum(simulated) == pytest.approx(sum(measured), rel=0.1)
+    if share == 1.0:
+        assert simulated == measured
+
+
+def test_a_stream_that_stays_moves_less_than_one_that_jumps(case):
+    package, of_leaf = case
+    budget = package.path_bytes("0-0") + 4096
+    chosen, leaf, stay, jump = random.Random(0), "0-0", [], []
+    for _ in range(300):
+        leaf = leaf if chosen.random() < 0.9 else chosen.choice(list(of_leaf))
+        stay.append(leaf)
+        jump.append(chosen.choice(list(of_leaf)))
+    assert sum(streamed_bytes(package, budget, stay)) < 0.35 * sum(
+        streamed_bytes(package, budget, jump)
+    )
