@@ -91,7 +91,19 @@ def test_an_unknown_public_name_is_an_attribute_error():
 
 
 @pytest.mark.parametrize(
-    "room", ["backbones", "conversion", "coupling", "data", "measure", "peers", "report", "tasks"]
+    "room",
+    [
+        "backbones",
+        "conversion",
+        "coupling",
+        "data",
+        "deploy",
+        "measure",
+        "peers",
+        "report",
+        "tasks",
+        "view",
+    ],
 )
 def test_every_name_a_room_offers_is_there(room):
     module = importlib.import_module(f"sigmabranch.{room}")

@@ -21,7 +21,7 @@ PAGE = 4096
 
 def segment(node: str, pages: int = 1, at: int = 1) -> Segment:
     block = StoredBlock(
-        name=f"{node}.{at}", offset=at * PAGE, bytes=pages * PAGE, crc32=0, tensors=()
+        name=f"{node}.{at}", offset=at * PAGE, bytes=pages * PAGE, crc32=0, macs=0, tensors=()
     )
     return Segment(node=node, blocks=(block,))
 

@@ -23,10 +23,13 @@ from sigmabranch.cli import (
     finetune,
     pack,
     predict,
+    quantize,
     recipe,
     run,
+    simulate,
     table,
     train,
+    view,
 )
 from sigmabranch.errors import SigmaBranchError
 from sigmabranch.tasks import Stopped
@@ -68,7 +71,10 @@ app.command("compare")(compare.command)
 app.command("export")(export.command)
 app.command("pack")(pack.command)
 app.command("predict")(predict.command)
+app.command("view")(view.command)
+app.command("quantize")(quantize.command)
 app.command("recipe")(recipe.command)
+app.command("simulate")(simulate.command)
 app.command("table")(table.command)
 
 

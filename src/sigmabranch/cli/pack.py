@@ -12,7 +12,7 @@ from sigmabranch.archive import read_manifest
 from sigmabranch.cli import options
 from sigmabranch.cli.screen import print_result
 from sigmabranch.cli.source import read_source
-from sigmabranch.data import Dataset
+from sigmabranch.data import EMBEDDED, Dataset
 from sigmabranch.deploy import Package, pack
 from sigmabranch.measure import evaluate
 from sigmabranch.net import SigmaBranchNet
@@ -39,7 +39,7 @@ def command(
     model = load_dense(net) if read_manifest(net)["kind"] == "dense" else load_net(net)
     notes = {"task": task.to_dict(), "seed": seed}
     usage: dict[str, float] = {}
-    if data is not None or task.data.name in ("digits", "shapes"):
+    if data is not None or task.data.name in EMBEDDED:
         dataset = open_task_data(task, data, torch.device("cpu"))
         notes["classes"] = list(dataset.class_names)
         usage = _usage(model, dataset) if isinstance(model, SigmaBranchNet) else {}

@@ -48,7 +48,7 @@ def command(
     ) as runtime:
         task, names = described(runtime.package)
         rows = [
-            {"input": title, **_row(runtime.predict(x), names)}
+            {"input": title, **row(runtime.predict(x), names)}
             for title, x in (
                 *_pictures(runtime.package, task, pictures or ()),
                 *_samples(task, sample or (), data),
@@ -92,7 +92,8 @@ def _samples(task: Task, numbers: Sequence[int], data: Path | None) -> Iterator[
         yield f"sample {number}", x
 
 
-def _row(prediction: Prediction, names: Sequence[str]) -> dict[str, Any]:
+def row(prediction: Prediction, names: Sequence[str]) -> dict[str, Any]:
+    """One prediction, JSON-able: its leaf, the likeliest classes by name, and its trace."""
     probability, label = prediction.logits.softmax(0).topk(min(TOP, len(names)))
     top = zip(probability.tolist(), label.tolist(), strict=True)
     return {

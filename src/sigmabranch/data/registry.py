@@ -24,6 +24,8 @@ _SHAPES: dict[str, tuple[int, ...]] = {
     "shapes": (POINTS, 3),
 }
 DATA_NAMES = tuple(_SHAPES)
+#: Data sets that need no folder.
+EMBEDDED = ("digits", "shapes")
 _CONTENTS = {
     "cifar100": f"one that holds {ARCHIVE} (the binary version) from {PAGE}, packed or unpacked",
     "modelnet40": f"one that holds {HDF5_FOLDER} or {TEXT_FOLDER}",

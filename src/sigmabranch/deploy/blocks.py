@@ -24,7 +24,7 @@ MIN_BLOCK_BYTES = 256 * 1024
 ROUTER = "router"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Block:
     """Modules that run one after the other on weights that are stored together.
 

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 from sigmabranch import files
 from sigmabranch.archive import MANIFEST
 from sigmabranch.backbones import Backbone, as_backbone
-from sigmabranch.deploy.blocks import Node, folded_nodes, folded_skeleton, node_parts
+from sigmabranch.deploy.blocks import Block, Node, folded_nodes, folded_skeleton, node_parts
 from sigmabranch.deploy.stored import StoredBlock, layout
 from sigmabranch.errors import CheckpointError, ConversionError, SigmaBranchError
 from sigmabranch.net import SigmaBranchNet
@@ -113,11 +114,11 @@ def pack(
         model = as_backbone(model)
         model.check(example)
     nodes = folded_nodes(model)
-    classes = _checked(model, nodes, example)
+    classes, macs = _checked(model, nodes, example)
     contents, stored = {}, []
     for node in nodes:
         name = f"{node.key}.safetensors"
-        contents[name], blocks = layout(node.blocks)
+        contents[name], blocks = layout(node.blocks, macs)
         stored.append(
             StoredNode(
                 key=node.key,
@@ -153,24 +154,45 @@ def _described(model: SigmaBranchNet | Backbone) -> dict[str, Any]:
     return {"kind": "dense", "source": model.source}
 
 
-def _checked(model: SigmaBranchNet | Backbone, nodes: list[Node], example: Tensor) -> int:
-    """Compare every node with its original on one feature; returns the number of classes."""
+def _checked(
+    model: SigmaBranchNet | Backbone, nodes: list[Node], example: Tensor
+) -> tuple[int, dict[Block, int]]:
+    """Compare every node with its original on one feature.
+
+    Returns:
+        The number of classes, and the multiply-adds of each block.
+    """
     outputs: dict[str, Any] = {}
+    seen, macs = None, {}
     for node, (body, _) in zip(nodes, node_parts(model).values(), strict=True):
-        feature = example if node.key == "root" else outputs[parent(node.key)]
-        expected = body.eval()(feature)
-        found = feature
-        for block in node.body:
-            found = block.module(found)
-        for one, other in zip(tree_leaves(found), tree_leaves(expected), strict=True):
-            error = (one - other).abs().max() / other.abs().max().clamp(min=1e-30)
-            if not error <= _TOLERANCE:
-                raise ConversionError(
-                    f"node {node.key} changes by {error:.1e} when its batch norms are folded: "
-                    "please report this network"
-                )
-        outputs[node.key] = expected
-    return int(expected.shape[-1])
+        found = feature = example if node.key == "root" else outputs[parent(node.key)]
+        expected = outputs[node.key] = body.eval()(feature)
+        for number, block in enumerate(node.body, start=1):
+            found, macs[block] = _counted(block, found)
+            if number == node.decides_after:
+                seen = found
+        if node.router is not None:
+            _, macs[node.router] = _counted(node.router, seen)
+        _check_same(node.key, found, expected)
+    return int(expected.shape[-1]), macs
+
+
+def _counted(block: Block, feature: Any) -> tuple[Any, int]:
+    """What a block makes of a copy of a feature, and the multiply-adds that it takes."""
+    copied = tree_map(lambda tensor: tensor.clone(), feature)
+    with FlopCounterMode(display=False) as counter:
+        out = block.module(copied)
+    return out, counter.get_total_flops() // 2
+
+
+def _check_same(key: str, found: Any, expected: Any) -> None:
+    for one, other in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        error = (one - other).abs().max() / other.abs().max().clamp(min=1e-30)
+        if not error <= _TOLERANCE:
+            raise ConversionError(
+                f"node {key} changes by {error:.1e} when its batch norms are folded: "
+                "please report this network"
+            )
 
 
 class Package:

@@ -35,6 +35,11 @@ class Segment:
         return self.blocks[-1].offset + self.blocks[-1].bytes - self.offset
 
     @property
+    def macs(self) -> int:
+        """Multiply-adds of its convolutions and matrix products."""
+        return sum(block.macs for block in self.blocks)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Of its blocks."""
         return tuple(block.name for block in self.blocks)

@@ -47,10 +47,21 @@ class Storage:
     Attributes:
         bytes_per_second: sustained.
         request_seconds: of overhead for each segment.
+        source: where the figures come from.
     """
 
     bytes_per_second: float
     request_seconds: float = 0.0
+    source: str = ""
+
+
+#: The most that an interface can carry; devices deliver less.
+INTERFACES = {
+    "qspi-nor": Storage(bytes_per_second=66e6, source="quad SPI at 133 MHz, Winbond W25Q128JV"),
+    "sd-uhs1": Storage(bytes_per_second=104e6, source="SDR104, SD Physical Layer 3.01"),
+    "emmc-hs400": Storage(bytes_per_second=400e6, source="HS400, JEDEC JESD84-B51"),
+    "lpddr4": Storage(bytes_per_second=12.8e9, source="3200 MT/s on 32 bits, JEDEC JESD209-4"),
+}
 
 
 def latency(steps: Iterable[Step], storage: Storage) -> float:

@@ -78,6 +78,7 @@ class StoredBlock:
         name: of the :class:`~sigmabranch.deploy.blocks.Block`.
         offset, bytes: multiples of 4096.
         crc32: of its bytes, gaps included.
+        macs: multiply-adds of its convolutions and matrix products on one input.
         tensors: in order.
     """
 
@@ -85,6 +86,7 @@ class StoredBlock:
     offset: int
     bytes: int
     crc32: int
+    macs: int
     tensors: tuple[StoredTensor, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,7 +114,9 @@ class StoredBlock:
         return {tensor.name: tensor.view(memory) for tensor in self.tensors}
 
 
-def layout(blocks: Sequence[Block]) -> tuple[bytes, tuple[StoredBlock, ...]]:
+def layout(
+    blocks: Sequence[Block], macs: Mapping[Block, int]
+) -> tuple[bytes, tuple[StoredBlock, ...]]:
     """A node's file and its block table."""
     data, placed = bytearray(), []
     entries: dict[str, Any] = {}
@@ -132,17 +136,18 @@ def layout(blocks: Sequence[Block]) -> tuple[bytes, tuple[StoredBlock, ...]]:
         _pad(data, PAGE, entries)
         if len(data) == start:
             raise CheckpointError(f"block {block.name} holds no weights: nothing to store")
-        placed.append((block.name, start, len(data), tuple(tensors)))
+        placed.append((block, start, len(data), tuple(tensors)))
     head = _header(entries)
     table = tuple(
         StoredBlock(
-            name=name,
+            name=block.name,
             offset=len(head) + start,
             bytes=stop - start,
             crc32=checksum(memoryview(data)[start:stop]),
+            macs=macs[block],
             tensors=tensors,
         )
-        for name, start, stop, tensors in placed
+        for block, start, stop, tensors in placed
     )
     return head + bytes(data), table
 

@@ -21,6 +21,7 @@ from sigmabranch.report.package_table import package_table  # noqa: E402
 from sigmabranch.report.page import Run, write_report  # noqa: E402
 from sigmabranch.report.published_table import published_table  # noqa: E402
 from sigmabranch.report.recipe_table import recipe_table  # noqa: E402
+from sigmabranch.report.simulation import simulation_table, write_simulation  # noqa: E402
 from sigmabranch.report.systems_table import systems_table  # noqa: E402
 from sigmabranch.report.tables import (  # noqa: E402
     Table,
@@ -44,7 +45,9 @@ __all__ = [
     "package_table",
     "published_table",
     "recipe_table",
+    "simulation_table",
     "systems_table",
     "write_comparison",
     "write_report",
+    "write_simulation",
 ]

@@ -1,0 +1,102 @@
+"""``sigmabranch quantize``: ONNX nodes in few bits, measured on the held-out split."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from sigmabranch import files
+from sigmabranch.cli import options
+from sigmabranch.cli.screen import Screen, print_result
+from sigmabranch.cli.source import read_source
+from sigmabranch.data import Split
+from sigmabranch.deploy.export import check_format, export_net
+from sigmabranch.saving import load_net
+from sigmabranch.tasks import open_task_data
+from sigmabranch.tasks.provenance import provenance
+
+# Training samples among which each node finds those to be calibrated on.
+CALIBRATION = 2000
+COMPARED = 16
+
+
+def command(
+    net: Annotated[Path, typer.Argument(help="Folder of a branched network.")],
+    data: options.Data = None,
+    out: options.OutBeside = None,
+    bits: Annotated[
+        list[int] | None,
+        typer.Option(help="Of a weight: 8 or 4. Repeatable.", show_default="8"),
+    ] = None,
+    result: options.OutFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Write a network as ONNX nodes in fp32 and in few bits, and measure all of them."""
+    check_format("onnx-nodes")
+    from sigmabranch.deploy.onnx_path import OnnxPath  # noqa: PLC0415 (loads ONNX Runtime)
+    from sigmabranch.deploy.quantize import quantize_nodes  # noqa: PLC0415 (likewise)
+
+    task, seed = read_source(net, "branched", None)
+    dataset = open_task_data(task, data, torch.device("cpu"))
+    samples = _first(dataset.train, CALIBRATION)
+    folder = out or net.resolve().parent / f"{net.resolve().name}-quantized"
+    with Screen().live() as screen:
+        screen.say(f"{folder}: fp32")
+        export_net(load_net(net), folder / "fp32", samples[:COMPARED], format="onnx-nodes")
+        rows = [_row("fp32", OnnxPath(folder / "fp32"), dataset.test, None)]
+        for count in bits or [8]:
+            name = f"int{count}"
+            screen.say(f"{folder}: {name}")
+            quantize_nodes(folder / "fp32", folder / name, samples, bits=count)
+            rows.append(_row(name, OnnxPath(folder / name), dataset.test, rows[0]["leaf"]))
+    for row in rows:
+        del row["leaf"]
+    measured = {
+        "task": task.to_dict(),
+        "seed": seed,
+        "provenance": provenance(torch.device("cpu")),
+        "calibration_samples": len(samples),
+        "rows": rows,
+    }
+    if result is not None:
+        files.write_json(result, measured)
+    print_result(measured, "\n".join(map(_line, rows)), as_json)
+
+
+def _first(split: Split, count: int) -> Tensor:
+    """The first inputs of a split, as they are."""
+    order = torch.arange(min(count, len(split)))
+    x, _ = next(iter(split.batches(order, len(order))))
+    return x.contiguous()
+
+
+def _row(name: str, path: Any, test: Split, leaf: list[str] | None) -> dict[str, Any]:
+    """Accuracy on the held-out split, and how often the route is another than in fp32."""
+    right, leaves = 0, []
+    for x, y in test.batches(torch.arange(len(test)), 1):
+        logits, found = path(x.contiguous().numpy())
+        right += int(logits.argmax()) == int(y)
+        leaves.append(found)
+    usage = Counter(leaves)
+    same = leaf or leaves
+    return {
+        "name": name,
+        "samples": len(leaves),
+        "top1": 100 * right / len(leaves),
+        "path_bytes": max(map(path.path_bytes, path.leaves)),
+        "rerouted": sum(a != b for a, b in zip(same, leaves, strict=True)) / len(leaves),
+        "usage": {key: usage[key] / len(leaves) for key in path.leaves},
+        "leaf": leaves,
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['name']}: {row['top1']:.2f} % top-1 on {row['samples']:,} held-out samples, "
+        f"{row['path_bytes'] / 1e6:.3f} MB read for one input, {row['rerouted']:.1%} rerouted"
+    )
