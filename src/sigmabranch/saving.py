@@ -133,7 +133,7 @@ def _skeleton(
         }
     return SigmaBranchNet(
         tree=tree,
-        trunk=backbone.section(levels.trunk),
+        trunk=backbone.section(levels.trunk, plans[()]),
         specializers=specializers,
         routers=routers,
         heads=heads,

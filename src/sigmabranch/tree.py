@@ -40,6 +40,8 @@ class TreeSpec:
         cuts: the stage at which each level begins, or None for the backbone's last stages.
         decide_after: the module of the trunk whose output all routers read, so that the whole path
             is known before the trunk has ended; None lets each read its own node's output (paper).
+        trunk_share: share of the trunk's channels that stays, of those that do not leave it; the
+            trunk does most of a path's arithmetic. None keeps them all (paper).
     """
 
     leaves: tuple[NodeId, ...] = ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -49,6 +51,7 @@ class TreeSpec:
     projection_dropout: float = 0.1
     cuts: tuple[str, ...] | None = None
     decide_after: str | None = None
+    trunk_share: float | None = None
 
     def __post_init__(self) -> None:
         _check_leaves(self.leaves)
@@ -61,6 +64,8 @@ class TreeSpec:
             raise ConfigError(f"tree widths must be positive, got {self.widths}")
         if self.round_to < 1 or self.projection_dim < 1:
             raise ConfigError("tree round_to and projection_dim must be at least 1")
+        if self.trunk_share is not None and not 0 < self.trunk_share <= 1:
+            raise ConfigError("tree trunk_share must lie in (0, 1]")
         if not 0 <= self.projection_dropout < 1:
             raise ConfigError("tree projection_dropout must lie in [0, 1)")
 

@@ -24,7 +24,7 @@ PACKAGE = ROOT / "src" / "sigmabranch"
 HEAVY = {
     *("timm", "torchvision", "lightning_fabric", "lightning", "matplotlib", "jinja2", "typer"),
     *("click", "rich", "sklearn", "scipy", "PIL", "fvcore", "tensorboard", "pandas", "h5py"),
-    *("onnx", "onnxscript", "onnxruntime"),
+    *("onnx", "onnxscript", "onnxruntime", "executorch", "litert_torch", "ai_edge_litert"),
 }
 
 LEAN = f"""

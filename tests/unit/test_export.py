@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import sigmabranch as sb
 from sigmabranch import files
 from sigmabranch.backbones import GlobalAveragePool
-from sigmabranch.deploy.export import FORMATS, Export, export_net, formats
+from sigmabranch.deploy.export import Export, export_net, formats
 from sigmabranch.deploy.export.check import check_leaves
 from sigmabranch.errors import (
     CheckpointError,
@@ -43,6 +43,8 @@ pytestmark = pytest.mark.skipif(
     reason="needs the deploy extra",
 )
 
+# The others have environments of their own, and their tests tests/exports.
+FORMATS = ("pt2", "onnx", "onnx-nodes")
 REGISTRATION = "torch.onnx._internal.exporter._registration"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 UNEVEN = TreeSpec(leaves=((0,), (1, 0), (1, 1)), projection_dim=4)
@@ -451,7 +453,7 @@ def test_a_draw_that_rounding_tips_is_no_difference(net, x):
 
 
 def test_an_unknown_format_an_empty_example_and_a_file_for_a_folder_are_refused(net, x, tmp_path):
-    with pytest.raises(ConfigError, match="unknown format 'pb': choose from pt2, onnx, onnx-nodes"):
+    with pytest.raises(ConfigError, match="unknown format 'pb': choose from pt2, onnx"):
         export_net(net, tmp_path / "out", x, format="pb")
     with pytest.raises(DataError, match="at least one example"):
         export_net(net, tmp_path / "out", x[:0], format="pt2")
@@ -461,13 +463,23 @@ def test_an_unknown_format_an_empty_example_and_a_file_for_a_folder_are_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("name", ["onnx", "onnx-nodes"])
-def test_a_missing_package_is_named_with_its_extra(net, x, tmp_path, monkeypatch, name):
-    for module in ("onnx_graph", "onnx_tree", "onnx_nodes"):
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [
+        ("onnx", "onnxruntime", "deploy"),
+        ("onnx-nodes", "onnxruntime", "deploy"),
+        ("executorch", "executorch", "executorch"),
+        ("litert", "litert_torch", "litert"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(
+    net, x, tmp_path, monkeypatch, name, package, extra
+):
+    for module in ("onnx_graph", "onnx_tree", "onnx_nodes", "executorch_tree", "litert_nodes"):
         monkeypatch.delitem(sys.modules, f"sigmabranch.deploy.export.{module}", raising=False)
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
-        MissingDependency, match=r"onnxruntime: pip install 'sigma-branch\[deploy\]"
+        MissingDependency, match=rf"{package}.*: pip install 'sigma-branch\[{extra}\]"
     ):
         export_net(net, tmp_path / "out", x, format=name)
     assert not (tmp_path / "out").exists()
@@ -518,6 +530,6 @@ def test_the_command_refuses_in_one_line_with_code_2(saved):
     )
     assert done.stdout.split() == ["2", "2"]
     unknown, dense = done.stderr.splitlines()
-    assert unknown == "sigmabranch: unknown format 'pb': choose from pt2, onnx, onnx-nodes"
+    assert unknown.startswith("sigmabranch: unknown format 'pb': choose from pt2, onnx, onnx-nodes")
     assert dense.endswith("holds a dense network, need a branched one")
     assert {path.name for path in saved.iterdir()} <= {"dense", "branched", "branched-onnx-nodes"}

@@ -13,6 +13,7 @@ from torch import Tensor
 from sigmabranch.cli import options
 from sigmabranch.cli.screen import print_result
 from sigmabranch.deploy import Package, Prediction, Runtime
+from sigmabranch.deploy.engines import ENGINES
 from sigmabranch.errors import CheckpointError, ConfigError
 from sigmabranch.tasks import Task, open_task_data
 
@@ -38,13 +39,14 @@ def command(
     prefetch: Annotated[
         bool, typer.Option(help="Read likely branches before they are decided.")
     ] = True,
+    engine: Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}.")] = "eager",
     as_json: options.Json = False,
 ) -> None:
     """Run a package on one input after the other, reading only each one's path."""
     if not pictures and not sample:
         raise ConfigError("nothing to predict: give picture files, or --sample NUMBER")
     with Runtime.open(
-        package, budget=budget, prefetch=prefetch, bytes_per_second=bandwidth
+        package, budget=budget, engine=engine, prefetch=prefetch, bytes_per_second=bandwidth
     ) as runtime:
         task, names = described(runtime.package)
         rows = [

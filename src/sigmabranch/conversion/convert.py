@@ -60,6 +60,7 @@ def convert(
     """
     spec, tree = spec or ConversionSpec(), tree or TreeSpec()
     growth = Growth(as_backbone(dense), loader, tree, spec, device, shards, progress)
+    growth.slim_trunk()
     for depth in range(tree.depth):
         nodes = growth.nodes_at(depth)
         growth.add_routers(nodes)
@@ -158,6 +159,7 @@ def single_path(
     """
     spec, tree = spec or ConversionSpec(), tree or TreeSpec()
     growth = Growth(as_backbone(dense), loader, tree, spec, device, Shards(), None)
+    growth.slim_trunk()
     everything = tuple(range(1, tree.depth + 1))
     sums = {level: growth.channel_sums(level, clusters=1) for level in everything}
     for x, _ in growth.stream("activations", spec.samples):

@@ -63,6 +63,28 @@ class Cutter:
             chosen[space.name] = list(top_units(score, max(1, round(len(space) * share))))
         return chosen
 
+    def trunk(self, share: float, example: Tensor | None) -> tuple[nn.Sequential, SlicePlan]:
+        """The trunk with a share of the channels that do not leave it, and its plan.
+
+        Args:
+            share: of each group of channels, the strongest by L1 norm.
+            example: an input to check the cut on; None checks nothing.
+
+        Raises:
+            ConversionError: it differs from the masked dense trunk by more than rounding explains.
+        """
+        paths = self.levels.trunk
+        keep: dict[Space | str, Tensor] = {
+            name: self.coupling.space(name).units[positions]
+            for name, positions in self.inner(paths, share).items()
+        }
+        plan = plan_slices(self.backbone.model, self.coupling, keep).restrict(paths)
+        section = self.backbone.section(paths, plan).eval()
+        if example is not None:
+            model = self.backbone.model
+            verify_slice(model, paths, section, example, coupling=self.coupling, keep=keep)
+        return section, plan
+
     def plan(self, lineage: Sequence[NodeChannels], paths: Iterable[str]) -> SlicePlan:
         """What to keep of the modules at ``paths``, given the channels chosen from level 1 down."""
         plan = plan_slices(self.backbone.model, self.coupling, self._keep(lineage))

@@ -90,8 +90,27 @@ class Growth:
         """The inner nodes at that depth."""
         return [node for node in self.tree.inner if len(node) == depth]
 
+    def slim_trunk(self) -> None:
+        """Take channels out of the trunk where the tree says so, before anything reads it."""
+        if self.tree.trunk_share is None:
+            return
+        example = self.example if self.verified else None
+        self.trunk, self.plans[()] = self.cutter.trunk(self.tree.trunk_share, example)
+        self.until, self.rest = split_trunk(self.trunk, self.tree.decide_after)
+        if not self.spec.norm_samples:
+            return
+
+        def run() -> None:
+            samples = min(self.spec.samples, self.spec.norm_samples)
+            for x, _ in self.stream("batch norms of the trunk", samples):
+                if len(x) > 1:  # a batch norm cannot learn from one sample
+                    self.trunk(x)
+
+        reestimate_norms([self.trunk], run, self.shards)
+
     def build(self) -> None:
         """Make every module from a complete record."""
+        self.slim_trunk()
         for depth in range(self.tree.depth):
             self.add_routers(self.nodes_at(depth))
             self.add_children(self.nodes_at(depth))

@@ -14,21 +14,29 @@ class Program:
 
     Args:
         package: what is run.
+        whole_nodes: make a segment of as many blocks of a node as run in one go, not of each.
 
     Attributes:
         segments: all of them, parents before children.
     """
 
-    def __init__(self, package: Package) -> None:
+    def __init__(self, package: Package, *, whole_nodes: bool = False) -> None:
         self._body: dict[str, tuple[Segment, ...]] = {}
         self._router: dict[str, Segment] = {}
         for key, node in package.nodes.items():
-            parts = [Segment(node=key, blocks=(block,)) for block in node.blocks]
-            if parts[-1].names == (ROUTER,):
-                self._router[key] = parts.pop()
-            self._body[key] = tuple(parts)
-        self._before_decision = package.nodes["root"].decides_after
-        self.early = self._before_decision < len(self._body["root"])
+            body = node.blocks
+            if body[-1].name == ROUTER:
+                self._router[key] = Segment(node=key, blocks=body[-1:])
+                body = body[:-1]
+            cut = node.decides_after if key == "root" else len(body)
+            if whole_nodes:
+                groups = [part for part in (body[:cut], body[cut:]) if part]
+            else:
+                groups = [(block,) for block in body]
+            self._body[key] = tuple(Segment(node=key, blocks=group) for group in groups)
+        root = package.nodes["root"]
+        self.early = root.decides_after < len(root.blocks) - len(self._router.keys() & {"root"})
+        self._before_decision = 1 if whole_nodes else root.decides_after
         self.segments = tuple(s for node in self._body for s in self.of(node))
 
     def of(self, node: str) -> tuple[Segment, ...]:

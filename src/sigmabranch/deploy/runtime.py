@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sigmabranch.backbones import Backbone
-from sigmabranch.deploy.engines import EagerEngine
+from sigmabranch.deploy.engines import Engine, find_engine
 from sigmabranch.deploy.loader import Loader
 from sigmabranch.deploy.package import Package, child
 from sigmabranch.deploy.planner import Planner
@@ -54,6 +54,7 @@ class Runtime:
         *,
         budget: int | str | None = None,
         skeleton: nn.Module | Backbone | None = None,
+        engine: str = "eager",
         prefetch: bool = True,
         direct: bool = True,
         bytes_per_second: int | str | None = None,
@@ -65,6 +66,9 @@ class Runtime:
             budget: bytes for weights, such as ``"42MB"``, those on their way included; everything
                 fits if None.
             skeleton: a dense network of the same shape, where this library cannot build it.
+            engine: ``"eager"``, which runs anywhere and computes a block as soon as it is there, or
+                ``"aoti"``, which computes faster, node by node, once it has compiled each shape of
+                node (:mod:`~sigmabranch.deploy.engines.aoti`).
             prefetch: read the likeliest branch while its router is not decided yet; what the
                 router then does not choose is read in vain.
             direct: read around the page cache where the file system can.
@@ -72,24 +76,26 @@ class Runtime:
 
         Raises:
             CheckpointError: no package, or a damaged one.
-            ConfigError: a budget too small to run at all; the message names the least.
+            ConfigError: a budget too small to run at all (the message names the least), an
+                unknown engine, or one that cannot work here.
         """
         rate = None if bytes_per_second is None else float(byte_count(bytes_per_second))
         package = Package(folder)
-        return cls(package, skeleton, budget, prefetch, direct, Throttle(rate))
+        made = find_engine(engine)(package.skeleton(skeleton))
+        return cls(package, made, budget, prefetch, direct, Throttle(rate))
 
     def __init__(
         self,
         package: Package,
-        skeleton: nn.Module | Backbone | None,
+        engine: Engine,
         budget: int | str | None,
         prefetch: bool,
         direct: bool,
         throttle: Throttle,
     ) -> None:
         self.package = package
-        self._engine = EagerEngine(package.skeleton(skeleton))
-        self._program = Program(package)
+        self._engine = engine
+        self._program = Program(package, whole_nodes=engine.whole_nodes)
         segments = self._program.segments
         everything = sum(segment.bytes for segment in segments)
         self.budget = everything if budget is None else byte_count(budget)

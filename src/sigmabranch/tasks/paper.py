@@ -78,6 +78,7 @@ _STATED: Mapping[str, Any] = {
     "tree.leaves": [[0, 0], [0, 1], [1, 0], [1, 1]],
     "tree.cuts": None,
     "tree.decide_after": None,
+    "tree.trunk_share": None,
     # Spherical k-means of the latents as they are, and channels by mean activation.
     "conversion.clusters": "latents",
     "conversion.channels": "activation",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ class EagerEngine:
     Args:
         nodes: their modules, on the meta device.
     """
+
+    #: A block runs as soon as it is there.
+    whole_nodes: ClassVar[bool] = False
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self._blocks = {

@@ -19,8 +19,14 @@ from sigmabranch.net import SigmaBranchNet
 
 Writer: TypeAlias = Callable[[SigmaBranchNet, Path, Tensor], Written]
 
-# Format → the module whose ``write`` makes it; loaded on use, for its packages are optional.
-_HOMES = {"pt2": "pt2", "onnx": "onnx_tree", "onnx-nodes": "onnx_nodes"}
+# Format → the module whose ``write`` makes it, and the extra with its packages; loaded on use.
+_HOMES = {
+    "pt2": ("pt2", "deploy"),
+    "onnx": ("onnx_tree", "deploy"),
+    "onnx-nodes": ("onnx_nodes", "deploy"),
+    "executorch": ("executorch_tree", "executorch"),
+    "litert": ("litert_nodes", "litert"),
+}
 FORMATS = tuple(_HOMES)
 
 
@@ -62,8 +68,9 @@ def export_net(net: SigmaBranchNet, folder: Path | str, example: Tensor, *, form
         example: (N, ...) float32 inputs as the network takes them, N at least 1. Their shape is
             the only one that the export accepts, one at a time.
         format: ``"pt2"`` (torch.export, nested ``torch.cond``), ``"onnx"`` (one graph with nested
-            ``If`` and one file of weights) or ``"onnx-nodes"`` (a graph and a file of weights per
-            node, and a manifest).
+            ``If`` and one file of weights), ``"onnx-nodes"`` (a graph and a file of weights per
+            node, and a manifest), ``"executorch"`` (one program, a file of weights per node, and a
+            manifest) or ``"litert"`` (a model per node, channel-last, and a manifest).
 
     Raises:
         ConfigError: an unknown format.
@@ -98,7 +105,8 @@ def check_format(format: str) -> None:
 def _writer(format: str) -> Writer:
     if format not in _HOMES:
         raise ConfigError(f"unknown format {format!r}: choose from {', '.join(FORMATS)}")
+    home, extra = _HOMES[format]
     try:
-        return importlib.import_module(f"{__package__}.{_HOMES[format]}").write
+        return importlib.import_module(f"{__package__}.{home}").write
     except ModuleNotFoundError as error:
-        raise MissingDependency(error.name or "onnx", "deploy", f"The format {format}") from error
+        raise MissingDependency(error.name or extra, extra, f"The format {format}") from error

@@ -9,6 +9,7 @@ Shapes: I inner nodes, K branches, V classes.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from sigmabranch import files
 from sigmabranch.archive import MANIFEST
 from sigmabranch.deploy.export.check import Run
 from sigmabranch.deploy.export.staging import listing
+from sigmabranch.deploy.fold import fold, foldable
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.tree import NodeId, node_key
 
@@ -46,7 +48,7 @@ class Part:
     """
 
     key: str
-    function: nn.Module
+    function: NodeFunction
     inputs: tuple[Tensor, ...]
     passed: Any
     outputs: tuple[str, ...]
@@ -72,6 +74,13 @@ class NodeFunction(nn.Module):
         feature = self.body(pytree.tree_unflatten(tensors, self.structure))
         said = () if self.router is None else (self.router(feature),)
         return (*pytree.tree_leaves(feature), *said)
+
+    def folded(self) -> NodeFunction:
+        """A copy whose batch norms are part of the layers before them."""
+        body = [copy.deepcopy(module) for module in self.body]
+        copied = NodeFunction(body, self.structure, copy.deepcopy(self.router))
+        fold(copied, foldable(copied))
+        return copied
 
 
 class AllRouters(nn.Module):
@@ -134,16 +143,34 @@ def node_parts(net: SigmaBranchNet, sample: Tensor) -> Iterator[Part]:
 
 
 def write_manifest(
-    net: SigmaBranchNet, folder: Path, sample: Tensor, format: str, nodes: Mapping[str, Any]
+    net: SigmaBranchNet,
+    folder: Path,
+    sample: Tensor,
+    *,
+    format: str,
+    nodes: Mapping[str, Any],
+    arrange: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> None:
-    """Say what lies in ``folder``, and which of its parts (by key) is made of what."""
+    """Say what lies in ``folder``, how to run it, and how to arrange an input for it.
+
+    Args:
+        net: what was written.
+        folder: receives ``manifest.json``.
+        sample: (1, ...), as the network takes it.
+        format: name of the format.
+        nodes: key → how to run that part.
+        arrange: what turns a network's input into one for the files.
+    """
     manifest = {
         "format": format,
         "schema": SCHEMA,
         "leaves": [list(leaf) for leaf in net.tree.leaves],
         "routers": [node_key(node) for node in net.tree.inner],
         "early": net.early,
-        "input": {"shape": list(sample.shape), "dtype": str(sample.dtype).removeprefix("torch.")},
+        "input": {
+            "shape": list(arrange(sample).shape),
+            "dtype": str(sample.dtype).removeprefix("torch."),
+        },
         "classes": net(sample).shape[1],
         "nodes": nodes,
         "files": listing(folder),

@@ -26,7 +26,7 @@ def write(net: SigmaBranchNet, folder: Path, sample: Tensor) -> Written:
             operation.
     """
     nodes = {part.key: _write_part(part, folder) for part in node_parts(net, sample)}
-    write_manifest(net, folder, sample, FORMAT, nodes)
+    write_manifest(net, folder, sample, format=FORMAT, nodes=nodes)
     return Walk(net, _Sessions(folder, nodes))
 
 

@@ -1,0 +1,114 @@
+"""Compiled by AOTInductor: one body for all nodes of a shape, run on weights that stay ours.
+
+Bodies are compiled when they are first needed, which takes a C++ compiler and up to minutes each,
+and kept in the user's cache folder. They are machine code, so no package carries any.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sigmabranch.deploy.blocks import Node
+from sigmabranch.deploy.segment import Segment
+from sigmabranch.errors import ConfigError
+
+_CONFIG = {
+    # The weights are handed over at each run, not built in.
+    "aot_inductor.package_constants_in_so": False,
+    "always_keep_tensor_constants": True,
+    "freezing": False,
+}
+
+
+class AotiEngine:
+    """Runs compiled bodies.
+
+    Args:
+        nodes: their modules, on the meta device.
+        cache: where compiled bodies are kept; the user's cache folder if None.
+
+    Raises:
+        ConfigError: there is no C++ compiler.
+    """
+
+    #: A node is one body: it starts when all of it is there.
+    whole_nodes: ClassVar[bool] = True
+
+    def __init__(self, nodes: Sequence[Node], cache: Path | None = None) -> None:
+        if shutil.which(os.environ.get("CXX", "g++")) is None:
+            raise ConfigError("the engine aoti needs a C++ compiler: install g++, or use eager")
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self._cache = cache or home / "sigmabranch" / "aoti"
+        self._modules = {
+            (node.key, block.name): block.module for node in nodes for block in node.blocks
+        }
+        self._bodies: dict[str, Any] = {}
+        self._key: dict[Segment, str] = {}
+
+    def run(self, segment: Segment, tensors: Mapping[str, Tensor], feature: Any) -> Any:
+        """Feature → feature, logits or log p; compiles the segment's body at its first run."""
+        key = self._key.get(segment)
+        if key is None:
+            key = self._key[segment] = self._prepared(segment, tensors, feature)
+        body = self._bodies[key]
+        body.load_constants(dict(tensors), check_full_update=True, user_managed=True)
+        with torch.inference_mode():
+            return body(feature)
+
+    def _prepared(self, segment: Segment, tensors: Mapping[str, Tensor], feature: Any) -> str:
+        """The key of a segment's body, which is loaded, and compiled if need be."""
+        module = self._module(segment)
+        key = _key(module, tensors, feature)
+        if key not in self._bodies:
+            path = self._cache / f"{key}.pt2"
+            if not path.is_file():
+                _compile(module, tensors, feature, path)
+            self._bodies[key] = torch._inductor.aoti_load_package(str(path))
+        return key
+
+    def _module(self, segment: Segment) -> nn.Module:
+        blocks = [self._modules[segment.node, name] for name in segment.names]
+        members = [item for block in blocks for item in block.named_children()]
+        # A copy, because compiling gives it weights.
+        return copy.deepcopy(nn.Sequential(OrderedDict(members))).eval()
+
+
+def _key(module: nn.Module, tensors: Mapping[str, Tensor], feature: Any) -> str:
+    """Names a body by everything that its code depends on."""
+    described = {
+        "module": str(module),
+        "tensors": {name: _layout(tensor) for name, tensor in tensors.items()},
+        "feature": [_layout(tensor) for tensor in pytree.tree_leaves(feature)],
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _layout(tensor: Tensor) -> list[Any]:
+    return [str(tensor.dtype), list(tensor.shape), list(tensor.stride())]
+
+
+def _compile(module: nn.Module, tensors: Mapping[str, Tensor], feature: Any, path: Path) -> None:
+    """Compile a body for tensors and features of exactly these layouts."""
+    module.load_state_dict(dict(tensors), strict=False, assign=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, torch.no_grad():
+        program = torch.export.export(module, (feature,))
+        made = torch._inductor.aoti_compile_and_package(
+            program, package_path=f"{folder}/body.pt2", inductor_configs=_CONFIG
+        )
+        os.replace(made, path)
