@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import random
@@ -93,6 +94,21 @@ def test_random_faults_never_give_a_wrong_answer_a_hang_or_a_leak(case, monkeypa
         assert psutil.Process().num_fds() == open_files
     assert right > errors / 10 and errors > FAULTS / 10
     assert not any(t.name == "sigmabranch-loader" for t in threading.enumerate())
+
+
+def test_a_system_without_memory_is_an_error_for_that_input(case, monkeypatch):
+    package, x, expected = case
+    with Runtime.open(package.folder) as runtime:
+        with monkeypatch.context() as patch:
+            patch.setattr("mmap.mmap", no_memory)
+            with pytest.raises(StorageError, match=r"no memory for .*lower the budget"):
+                runtime.predict(x[0])
+        found = runtime.predict(x[0]).logits
+        torch.testing.assert_close(found, expected.logits[0], rtol=1e-3, atol=1e-4)
+
+
+def no_memory(*_):
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
 
 def test_memory_stays_within_the_budget_over_a_long_stream(case):

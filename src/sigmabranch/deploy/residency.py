@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sigmabranch.deploy.segment import Segment
 from sigmabranch.deploy.slots import Slots
-from sigmabranch.errors import ConfigError, SigmaBranchError
+from sigmabranch.errors import ConfigError, SigmaBranchError, StorageError
 
 Worth: TypeAlias = tuple[int, float, int]
 
@@ -176,9 +176,17 @@ class Residency:
         """What :meth:`next` would give without waiting, or None."""
         with self._changed:
             for segment in self._candidates():
-                memory = self._room_for(segment)
+                held = self._held[segment]
+                try:
+                    memory = self._room_for(segment)
+                except OSError as error:  # the system has less than the budget
+                    held.error = StorageError(
+                        f"no memory for {segment.bytes:,} bytes of weights: {error.strerror}; "
+                        "lower the budget"
+                    )
+                    self._changed.notify_all()
+                    continue
                 if memory is not None:
-                    held = self._held[segment]
                     held.status, held.memory = _Status.LOADING, memory
                     return segment, memory
             return None
