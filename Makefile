@@ -18,7 +18,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/exports
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/exports
 	@echo "left out: tests/exports, which takes gigabytes and minutes: make test-exports"
 
 test-exports: $(VENV)/.installed-test $(VENV)-executorch/.installed $(VENV)-litert/.installed

@@ -20,7 +20,7 @@ import gc
 import random
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +41,8 @@ from sigmabranch.peers.catalog import find_system
 from sigmabranch.tasks import Task, find_task, ordered
 
 MB = 10**6
-MEASURED_STREAM = 100
+LEARNED, MEASURED = 100, 300  # inputs of a stream, before and while bytes are counted
+PARTS = ("bytes", "latency", "stream", "memory")
 DENSE, PRUNED, PATH, EARLY = "dense", "fpgm-40", "path", "path, early decision"
 
 
@@ -86,6 +87,7 @@ QUICK = Setting(
 
 def main() -> None:
     options = parser(__doc__, "deploy", rounds=5)
+    options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
     options.add_argument("--quick", action="store_true", help="a small network, slow storage")
     options.add_argument("--json", action="store_true", help="print JSON instead of tables")
     options.add_argument("--folder", type=Path, help="for the packages, on real storage")
@@ -94,12 +96,13 @@ def main() -> None:
     setting = QUICK if options.quick else FULL
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         systems, inputs = packed(setting, Path(folder))
-        parts = {
-            "bytes": list(cold_bytes(systems, inputs)),
-            "latency": list(latencies(setting, systems, inputs, options.rounds)),
-            "stream": list(streams(setting, systems, inputs)),
-            "memory": [memory(setting, systems, inputs)],
+        measure: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
+            "bytes": lambda: cold_bytes(systems, inputs),
+            "latency": lambda: latencies(setting, systems, inputs, options.rounds),
+            "stream": lambda: streams(setting, systems, inputs),
+            "memory": lambda: [memory(setting, systems, inputs)],
         }
+        parts = {name: list(measure[name]()) for name in options.parts}
     publish_parts(options, parts)
 
 
@@ -242,36 +245,43 @@ def streams(
     """Bytes moved per input of a stream whose leaf persists with probability 0.9."""
     budget = int(setting.budget * MB)
     for system in systems:
-        leaves = system.package.leaves
-        for persistence in (0.9, 0.0):
-            chosen, leaf, taken = random.Random(0), leaves[0], []
-            for _ in range(2000):
-                leaf = leaf if chosen.random() < persistence else chosen.choice(leaves)
-                taken.append(leaf)
-            moved = streamed_bytes(system.package, budget, taken)
-            yield {
-                "system": system.name,
-                "persistence": persistence,
-                "budget_mb": setting.budget,
-                "inputs": len(taken),
-                "simulated_mb_per_input": statistics.mean(moved) / MB,
-                "measured_mb_per_input": _measured_stream(system, inputs, budget, persistence),
-            }
+        with system.open(budget=budget, prefetch=False) as runtime:
+            of_leaf: dict[str, list[Tensor]] = {}
+            for x in inputs:
+                of_leaf.setdefault(runtime.predict(x).leaf, []).append(x)
+            for persistence in (0.9, 0.0):
+                taken = _stream(system.package.leaves, persistence)
+                moved = streamed_bytes(system.package, budget, taken)[LEARNED:]
+                yield {
+                    "system": system.name,
+                    "persistence": persistence,
+                    "budget_mb": setting.budget,
+                    "inputs": MEASURED,
+                    "simulated_mb_per_input": statistics.mean(moved) / MB,
+                    "measured_mb_per_input": _measured_stream(runtime, of_leaf, taken),
+                }
 
 
-def _measured_stream(system: System, inputs: Tensor, budget: int, persistence: float) -> float:
-    """The same by the operating system's count, over fewer inputs."""
-    chosen = random.Random(0)
-    with system.open(budget=budget, prefetch=False) as runtime:
-        of_leaf: dict[str, list[Tensor]] = {}
-        for x in inputs:
-            of_leaf.setdefault(runtime.predict(x).leaf, []).append(x)
-        leaves = sorted(of_leaf)
-        leaf, before = leaves[0], read_bytes()
-        for _ in range(MEASURED_STREAM):
-            leaf = leaf if chosen.random() < persistence else chosen.choice(leaves)
-            runtime.predict(chosen.choice(of_leaf[leaf]))
-        return (read_bytes() - before) / MEASURED_STREAM / MB
+def _stream(leaves: Sequence[str], persistence: float) -> list[str]:
+    """The leaves that one input after the other takes."""
+    chosen, taken = random.Random(0), [leaves[0]]
+    while len(taken) < LEARNED + MEASURED:
+        stays = chosen.random() < persistence
+        taken.append(taken[-1] if stays else chosen.choice(leaves))
+    return taken
+
+
+def _measured_stream(
+    runtime: Runtime, of_leaf: dict[str, list[Tensor]], taken: Sequence[str]
+) -> float:
+    """The same stream by the operating system's count."""
+    before = 0
+    for number, leaf in enumerate(taken):
+        if number == LEARNED:
+            before = read_bytes()
+        inputs = of_leaf[leaf]
+        runtime.predict(inputs[number % len(inputs)])
+    return (read_bytes() - before) / MEASURED / MB
 
 
 def memory(setting: Setting, systems: Sequence[System], inputs: Tensor) -> dict[str, Any]:

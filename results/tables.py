@@ -145,12 +145,90 @@ def systems_on_cifar100() -> Table:
     return comparison_table(files.read_json(HERE / "compare-cifar100-small.json"))
 
 
+def streaming() -> Table:
+    """Milliseconds of one input from throttled storage, every system in one runtime."""
+    measured = files.read_json(HERE / "benchmarks" / "deploy.json")["latency"]
+    systems = list(dict.fromkeys(row["system"] for row in measured))
+    memories = {"cold": "nothing in memory", "pinned": "the first 6.1 MB of each in memory"}
+
+    def row(memory: str, rate: int | str) -> tuple[str, ...]:
+        here = {
+            one["system"]: one
+            for one in measured
+            if (one["memory"], one["mb_per_s"]) == (memory, rate)
+        }
+        path, early = here[systems[-2]], here[systems[-1]]
+        return (
+            str(rate),
+            *(f"{here[name]['ms']:,.0f}" for name in systems),
+            *(f"{one['dense_over']:.2f}" for one in (path, early)),
+            *(f"{one['pruned_over']:.2f}" for one in (path, early)),
+        )
+
+    rates = list(dict.fromkeys(one["mb_per_s"] for one in measured))
+    over = [f"{whole} / {part}" for whole in ("dense", "FPGM") for part in ("path", "early")]
+    return Table(
+        header=("MB/s", *(f"{name}, ms" for name in systems), *over),
+        groups=tuple(
+            (heading, tuple(row(memory, rate) for rate in rates))
+            for memory, heading in memories.items()
+        ),
+    )
+
+
+def streams() -> Table:
+    """Bytes moved per input of a stream within a budget."""
+    rows = files.read_json(HERE / "benchmarks" / "deploy-stream.json")["stream"]
+    return Table(
+        header=("in 42 MB of memory", "same leaf as before", "MB an input", "simulated"),
+        groups=(
+            (
+                "",
+                tuple(
+                    (
+                        row["system"],
+                        f"{row['persistence']:.0%}" if row["persistence"] else "by chance",
+                        f"{row['measured_mb_per_input']:.1f}",
+                        f"{row['simulated_mb_per_input']:.1f}",
+                    )
+                    for row in rows
+                ),
+            ),
+        ),
+    )
+
+
+def few_bits() -> Table:
+    """Accuracy of the quantized nodes on the held-out split."""
+    rows = files.read_json(HERE / "quantize-cifar100-small.json")["rows"]
+    return Table(
+        header=("ONNX nodes", "top-1 %", "one input reads, MB", "take another leaf"),
+        groups=(
+            (
+                "",
+                tuple(
+                    (
+                        row["name"],
+                        f"{row['top1']:.2f}",
+                        f"{row['path_bytes'] / 1e6:.3f}",
+                        f"{row['rerouted']:.1%}",
+                    )
+                    for row in rows
+                ),
+            ),
+        ),
+    )
+
+
 TABLES: Mapping[str, Callable[[], Table]] = {
     "cifar100-small": cifar100_small,
     "digits": partial(demo, "digits-resnet"),
     "shapes": partial(demo, "shapes-pointnet2"),
     "compare-cifar100-small": systems_on_cifar100,
+    "deploy-latency": streaming,
+    "deploy-stream": streams,
     "main": main_of_the_paper,
+    "quantize": few_bits,
     "modelnet40-cpu": modelnet40_on_a_cpu,
 }
 

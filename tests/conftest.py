@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shell import Shell
 from sigmabranch.backbones import ResNet, ResNetSpec
 from sigmabranch.tasks import Task, find_task
 
@@ -93,6 +95,14 @@ def modelnet(tmp_path_factory) -> Path:
             file["label"] = label.astype(np.uint8)[:, None]
         (folder / f"{split}_files.txt").write_text(f"data/{folder.name}/ply_data_{split}0.h5\n")
     return folder.parent
+
+
+@pytest.fixture(scope="session")
+def shell() -> Iterator[Shell]:
+    """Runs command lines one after the other, for the price of one import."""
+    shell = Shell()
+    yield shell
+    shell.close()
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +12,6 @@ pytestmark = pytest.mark.skipif(
     reason="needs the measure, train and report extras",
 )
 
-MANY = Path(__file__).parents[1] / "integration" / "many_commands.py"
 IMAGENET = "imagenet-resnet50"
 COUNTED = {
     "fpgm inner": (IMAGENET, "fpgm", "rate=0.3", "convention=inner"),
@@ -32,22 +27,14 @@ COUNTED = {
 
 
 @pytest.fixture(scope="module")
-def counts() -> dict[str, dict]:
-    lines = []
-    for task, peer, *settings in COUNTED.values():
+def counts(shell) -> dict[str, dict]:
+    counted = {}
+    for name, (task, peer, *settings) in COUNTED.items():
         options = [part for setting in settings for part in ("--set", setting)]
-        lines.append(json.dumps(["count", task, "--peer", peer, *options, "--json"]))
-    done = subprocess.run(
-        [sys.executable, MANY],
-        input="\n".join(lines) + "\n",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    outcomes = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [code for code, _, _ in outcomes] == [0] * len(COUNTED), outcomes
-    return {name: json.loads(out) for name, (_, out, _) in zip(COUNTED, outcomes, strict=True)}
+        done = shell.run("count", task, "--peer", peer, *options, "--json")
+        assert done.code == 0, done.err
+        counted[name] = json.loads(done.out)
+    return counted
 
 
 @pytest.mark.parametrize(

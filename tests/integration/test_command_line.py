@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from shell import COMMAND, ENVIRONMENT, Done, Shell
+
+from shell import COMMAND, ENVIRONMENT, Done
 
 pytestmark = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("sklearn", "fvcore", "lightning_fabric", "jinja2")),
@@ -55,13 +56,6 @@ def start(*arguments: object) -> subprocess.Popen:
 def finish(process: subprocess.Popen) -> Done:
     out, err = process.communicate(timeout=TIMEOUT)
     return Done(process.returncode, out, err)
-
-
-@pytest.fixture(scope="module")
-def shell():
-    shell = Shell()
-    yield shell
-    shell.close()
 
 
 def contents(folder: Path) -> dict[str, bytes]:

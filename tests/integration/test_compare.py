@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+
+from shell import Done
 
 pytestmark = pytest.mark.skipif(
     any(
@@ -21,7 +20,6 @@ pytestmark = pytest.mark.skipif(
     reason="needs the data, measure, train, report and peers extras",
 )
 
-MANY = Path(__file__).with_name("many_commands.py")
 TINY = {
     "model.layers": "[1,1,1]",
     "model.planes": "[4,6,8]",
@@ -104,29 +102,13 @@ BAD = {
 }  # fmt: skip
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def run(folder: Path, commands: list[list[str]]) -> list[Done]:
-    """The ends of command lines that one process runs in ``folder``."""
-    ended = subprocess.run(
-        [sys.executable, MANY],
-        input="".join(json.dumps(command) + "\n" for command in commands),
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=400,
-    )
-    return [Done(*json.loads(line)) for line in ended.stdout.splitlines()]
+def run(shell, folder: Path, commands: list[list[str]]) -> list[Done]:
+    """The ends of command lines in ``folder``."""
+    return [shell.run(*command, cwd=folder) for command in commands]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(shell, tmp_path_factory):
     """A folder and the ends of a comparison, its repetition, and what its tables print."""
     folder = tmp_path_factory.mktemp("compare")
     result = ["--out", "out", "--result", "found.json"]
@@ -140,7 +122,7 @@ def made(tmp_path_factory):
         [*COMPARE[:-1], "--out", "out", "--gather"],
         [*COMPARE, "--out", "out", "--set", "single-path.match=training"],
     ]
-    return folder, run(folder, commands)
+    return folder, run(shell, folder, commands)
 
 
 def test_every_row_of_every_seed_is_made_and_measured(made):
@@ -208,9 +190,9 @@ def test_a_folder_of_other_settings_is_refused_before_any_work(made):
 
 
 @pytest.fixture(scope="module")
-def refused(tmp_path_factory):
+def refused(shell, tmp_path_factory):
     folder = tmp_path_factory.mktemp("refused")
-    ended = run(folder, [arguments for arguments, _ in BAD.values()])
+    ended = run(shell, folder, [arguments for arguments, _ in BAD.values()])
     return folder, dict(zip(BAD, ended, strict=True))
 
 

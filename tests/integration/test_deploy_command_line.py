@@ -11,9 +11,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from shell import ENVIRONMENT, Shell
 
 from conftest import randomise
+from shell import ENVIRONMENT
 from sigmabranch.conversion import blueprint
 from sigmabranch.deploy import Package, Runtime
 from sigmabranch.saving import load_net, save_dense
@@ -37,13 +37,6 @@ def said(runtime, x):
 Runtime.predict = said
 main()
 """
-
-
-@pytest.fixture(scope="module")
-def shell():
-    shell = Shell()
-    yield shell
-    shell.close()
 
 
 def saved(task, folder):

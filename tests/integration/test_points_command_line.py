@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from shell import Done
 
 pytestmark = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("h5py", "fvcore", "lightning_fabric", "jinja2")),
     reason="needs the data, measure, train and report extras",
 )
 
-COMMAND = Path(sysconfig.get_path("scripts")) / "sigmabranch"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TINY = {
     "model.classes": 3,
     "model.centroids": "[16,8]",
@@ -36,24 +33,17 @@ TINY = {
 }
 
 
-def run(*arguments: object, **changes: object) -> subprocess.CompletedProcess:
+def run(shell, *arguments: object, **changes: object) -> Done:
     settings = TINY | {key.replace("__", "."): value for key, value in changes.items()}
     options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    return subprocess.run(
-        [COMMAND, "run", "modelnet40-pointnet2", *map(str, arguments), *options],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    return shell.run("run", "modelnet40-pointnet2", *arguments, *options)
 
 
-def test_the_chain_runs_on_clouds_with_controls_and_repeats_nothing(modelnet, tmp_path):
+def test_the_chain_runs_on_clouds_with_controls_and_repeats_nothing(shell, modelnet, tmp_path):
     arguments = ("--data", modelnet, "--out", tmp_path, "--control", "dense-equal", "--json")
-    done = run(*arguments)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    done = run(shell, *arguments)
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
     assert result["branched"]["samples"] == 12
     assert result["dense"]["top1"] > 50  # three kinds that differ much
     assert result["cost"]["net"]["active_params"] < result["cost"]["dense"]["params"]
@@ -61,8 +51,8 @@ def test_the_chain_runs_on_clouds_with_controls_and_repeats_nothing(modelnet, tm
     assert abs(equal - result["cost"]["net"]["active_params"]) <= 0.01 * equal
     assert Path(result["report"]).is_file()
     trained = (tmp_path / "dense" / "manifest.json").stat().st_mtime_ns
-    again = run(*arguments)
-    assert json.loads(again.stdout)["branched"] == result["branched"]
+    again = run(shell, *arguments)
+    assert json.loads(again.out)["branched"] == result["branched"]
     assert (tmp_path / "dense" / "manifest.json").stat().st_mtime_ns == trained
 
 
@@ -77,15 +67,15 @@ def test_the_chain_runs_on_clouds_with_controls_and_repeats_nothing(modelnet, tm
     ],
 )
 def test_settings_that_do_not_fit_end_in_one_line_before_anything_is_written(
-    modelnet, tmp_path, changes, said
+    shell, modelnet, tmp_path, changes, said
 ):
-    done = run("--data", modelnet, "--out", tmp_path / "out", **changes)
-    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
-    assert said in done.stderr and "Traceback" not in done.stderr
+    done = run(shell, "--data", modelnet, "--out", tmp_path / "out", **changes)
+    assert (done.code, done.err.count("\n"), done.out) == (2, 1, "")
+    assert said in done.err and "Traceback" not in done.err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_truncated_file_ends_in_one_line_that_names_it(modelnet, tmp_path):
+def test_a_truncated_file_ends_in_one_line_that_names_it(shell, modelnet, tmp_path):
     broken = tmp_path / "modelnet40_ply_hdf5_2048"
     broken.mkdir()
     for file in (modelnet / broken.name).iterdir():
@@ -93,7 +83,7 @@ def test_a_truncated_file_ends_in_one_line_that_names_it(modelnet, tmp_path):
         (broken / file.name).write_bytes(
             content[: len(content) // 2] if "test0" in file.name else content
         )
-    done = run("--data", tmp_path, "--out", tmp_path / "out")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "ply_data_test0.h5" in done.stderr
+    done = run(shell, "--data", tmp_path, "--out", tmp_path / "out")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "ply_data_test0.h5" in done.err
     assert not (tmp_path / "out").exists()

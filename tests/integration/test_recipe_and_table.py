@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+
+from shell import Done
 
 pytestmark = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("sklearn", "lightning_fabric", "jinja2")),
     reason="needs the data, train and report extras",
 )
 
-MANY = Path(__file__).with_name("many_commands.py")
 RESULT = {"task": {}, "seed": 0, "branched": {}}
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture(scope="module")
-def done(tmp_path_factory) -> dict[str, Done]:
-    """Every command's end, by name; one process runs them all."""
+def done(shell, tmp_path_factory) -> dict[str, Done]:
+    """Every command's end, by name."""
     folder = tmp_path_factory.mktemp("results")
     (folder / "broken.json").write_text(json.dumps(RESULT), encoding="utf-8")
     (folder / "cut").mkdir()
@@ -45,20 +35,7 @@ def done(tmp_path_factory) -> dict[str, Done]:
         "cut short": ["table", "main", "--results", str(folder / "cut")],
         "two formats": ["table", "main", "--results", str(folder), "--json", "--latex"],
     }
-    ended = subprocess.run(
-        [sys.executable, MANY],
-        input="".join(json.dumps(command) + "\n" for command in commands.values()),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=180,
-    )
-    lines = ended.stdout.splitlines()
-    return {
-        name: Done(*json.loads(line)) for name, line in zip(commands, lines, strict=True)
-    }  # fmt: skip
+    return {name: shell.run(*command, cwd=folder) for name, command in commands.items()}
 
 
 def test_a_recipe_is_printed_with_a_source_for_every_constant(done):

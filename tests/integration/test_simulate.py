@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from shell import Shell
 
 from conftest import randomise
 from sigmabranch.conversion import blueprint
@@ -14,13 +13,6 @@ from sigmabranch.deploy import pack
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
-
-
-@pytest.fixture(scope="module")
-def shell():
-    shell = Shell()
-    yield shell
-    shell.close()
 
 
 @pytest.fixture(scope="module")

@@ -192,6 +192,15 @@ def test_the_prior_starts_from_the_usage_and_learns_a_stream():
     assert prior.nodes(given="0")["0-0"] > 0.5 and "1" not in prior.nodes(given="0")
 
 
+def test_what_follows_depends_on_where_the_current_input_goes():
+    prior = LeafPrior(("0-0", "0-1", "1"), {})
+    for leaf in ["0-0"] * 20 + ["1"] * 20 + ["0-0"] * 20:
+        prior.saw(leaf)
+    assert prior.following("0")["0-0"] > 0.85
+    assert prior.following("1")["1"] > 0.85  # although the last input took another leaf
+    assert sum(prior.following("root")[leaf] for leaf in ("0", "1")) == pytest.approx(1)
+
+
 @settings(max_examples=50)
 @given(st.lists(st.sampled_from(["0-0", "0-1", "1"]), max_size=30))
 def test_probabilities_add_up_at_every_node(seen):

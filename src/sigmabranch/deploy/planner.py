@@ -39,7 +39,10 @@ class Planner:
         now = self._prior.nodes(given=route[-1])
         likely = self._likely(route[-1], certain, now) if self._prefetch else []
         self._residency.want(
-            certain, likely, likely_probability=now, next_probability=self._prior.nodes()
+            certain,
+            likely,
+            likely_probability=now,
+            next_probability=self._prior.following(route[-1]),
         )
 
     def ran(self, segment: Segment, seconds: float) -> None:

@@ -44,12 +44,31 @@ class LeafPrior:
         self._last = leaf
 
     def nodes(self, given: str = "root") -> dict[str, float]:
-        """Probability of each node for the next input, if it is known to pass node ``given``."""
+        """Probability of each node for an input of which it is known that it passes ``given``."""
+        return _by_node(self._leaves(given))
+
+    def following(self, given: str) -> dict[str, float]:
+        """The same for the input after one that passes ``given``."""
+        after = dict.fromkeys(self._start, 0.0)
+        for leaf, probability in self._leaves(given).items():
+            row = self._after[leaf]
+            total = sum(row.values())
+            for other, weight in row.items():
+                after[other] += probability * weight / total
+        return _by_node(after)
+
+    def _leaves(self, given: str) -> dict[str, float]:
+        """Probability of each leaf below ``given``."""
         row = self._start if self._last is None else self._after[self._last]
-        row = {leaf: weight for leaf, weight in row.items() if given in ancestry(leaf)}
-        total = sum(row.values())
-        probability: dict[str, float] = {}
-        for leaf, weight in row.items():
-            for node in ancestry(leaf):
-                probability[node] = probability.get(node, 0.0) + weight / total
-        return probability
+        below = {leaf: weight for leaf, weight in row.items() if given in ancestry(leaf)}
+        total = sum(below.values())
+        return {leaf: weight / total for leaf, weight in below.items()}
+
+
+def _by_node(leaves: Mapping[str, float]) -> dict[str, float]:
+    """Probability of each node from those of the leaves."""
+    probability: dict[str, float] = {}
+    for leaf, weight in leaves.items():
+        for node in ancestry(leaf):
+            probability[node] = probability.get(node, 0.0) + weight
+    return probability

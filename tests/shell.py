@@ -34,8 +34,9 @@ class Shell:
             text=True,
         )
 
-    def run(self, *arguments: object) -> Done:
-        self.process.stdin.write(json.dumps([str(part) for part in arguments]) + "\n")
+    def run(self, *arguments: object, cwd: Path | None = None) -> Done:
+        line = {"arguments": [str(part) for part in arguments], "cwd": str(cwd or Path.cwd())}
+        self.process.stdin.write(json.dumps(line) + "\n")
         self.process.stdin.flush()
         return Done(*json.loads(self.process.stdout.readline()))
 

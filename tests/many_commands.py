@@ -1,7 +1,7 @@
 """A process that runs command lines, each in a fork of its own; run by tests, never imported.
 
-Each line of its input is a JSON list of arguments, each line of its output the JSON list [exit
-code, stdout, stderr]. The imports, which cost seconds, are paid once.
+Each line of its input is a JSON object with the arguments and the folder to run in, each line of
+its output the JSON list [exit code, stdout, stderr]. Imports, which cost seconds, are paid once.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import torch._dynamo  # noqa: F401
 from sigmabranch.cli import main
 
 
-def run(arguments: list[str]) -> tuple[int, str, str]:
+def run(arguments: list[str], cwd: str) -> tuple[int, str, str]:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if not child:
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
+            os.chdir(cwd)
             sys.argv = ["sigmabranch", *arguments]
             code = 1
             try:
@@ -46,4 +47,4 @@ def run(arguments: list[str]) -> tuple[int, str, str]:
 
 
 for line in sys.stdin:
-    print(json.dumps(run(json.loads(line))), flush=True)
+    print(json.dumps(run(**json.loads(line))), flush=True)
