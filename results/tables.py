@@ -176,28 +176,6 @@ def streaming() -> Table:
     )
 
 
-def streams() -> Table:
-    """Bytes moved per input of a stream within a budget."""
-    rows = files.read_json(HERE / "benchmarks" / "deploy-stream.json")["stream"]
-    return Table(
-        header=("in 42 MB of memory", "same leaf as before", "MB an input", "simulated"),
-        groups=(
-            (
-                "",
-                tuple(
-                    (
-                        row["system"],
-                        f"{row['persistence']:.0%}" if row["persistence"] else "by chance",
-                        f"{row['measured_mb_per_input']:.1f}",
-                        f"{row['simulated_mb_per_input']:.1f}",
-                    )
-                    for row in rows
-                ),
-            ),
-        ),
-    )
-
-
 def few_bits() -> Table:
     """Accuracy of the quantized nodes on the held-out split."""
     rows = files.read_json(HERE / "quantize-cifar100-small.json")["rows"]
@@ -226,7 +204,6 @@ TABLES: Mapping[str, Callable[[], Table]] = {
     "shapes": partial(demo, "shapes-pointnet2"),
     "compare-cifar100-small": systems_on_cifar100,
     "deploy-latency": streaming,
-    "deploy-stream": streams,
     "main": main_of_the_paper,
     "quantize": few_bits,
     "modelnet40-cpu": modelnet40_on_a_cpu,

@@ -52,4 +52,4 @@ def test_counts_are_the_papers(shell, task, dense, net, reductions, tmp_path):
         doubled = (cost["dense"]["flops_doubled"], cost["net"]["flops_doubled"])
         assert doubled == (1_148_081_664, 1_029_649_408)
         assert "doubled" in cost["convention"]
-    assert os.listdir(tmp_path) == []
+    assert not list(tmp_path.iterdir())
