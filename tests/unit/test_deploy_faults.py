@@ -22,7 +22,7 @@ from sigmabranch.deploy.storage import NodeFile
 from sigmabranch.errors import StorageError
 from sigmabranch.tree import TreeSpec
 
-FAULTS = int(os.environ.get("SIGMABRANCH_FAULTS", "400"))
+FAULTS = int(os.environ.get("SIGMABRANCH_FAULTS", "200"))
 
 
 class Weather:

@@ -54,6 +54,9 @@ def latency_figure(result: Mapping[str, Any]) -> Figure:
     axes = figure.subplots()
     _lines(axes, result["latency"], "mb_per_s", "ms")
     axes.set(xscale="log", yscale="log", xlabel="storage, MB/s", ylabel="ms per input, cold")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")  # powers of ten as numbers
+        axis.set_minor_formatter("")
     axes.legend()
     return figure
 
