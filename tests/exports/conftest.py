@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
 from torch import Tensor, nn
 
+from pairs import Paired, Value
 from sigmabranch.backbones import GlobalAveragePool
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.points import farthest_points, take_points
@@ -50,28 +49,6 @@ def halve(net: SigmaBranchNet, x: Tensor) -> SigmaBranchNet:
         log_prob_BK = net.soft(x[here]).branch_log_prob[:, number]
         net.router(node).gate.bias[0] -= log_prob_BK.diff().neg().median() - 1e-3
     return net
-
-
-class Pair(NamedTuple):
-    place: Tensor
-    value: Tensor
-
-
-class Paired(nn.Module):
-    """(1, C) → a place that every node hands on as it is, and a value that it changes."""
-
-    def __init__(self, inputs: int, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(inputs, width)
-
-    def forward(self, x: Tensor | Pair) -> Pair:
-        place, value = x if isinstance(x, Pair) else (x[:, :2], x)
-        return Pair(place, self.linear(value).relu() + place.sum(1, keepdim=True))
-
-
-class Value(nn.Module):
-    def forward(self, feature: Pair) -> Tensor:
-        return feature.value
 
 
 class Sampled(nn.Module):

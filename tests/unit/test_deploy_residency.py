@@ -30,6 +30,10 @@ def want(residency, certain, likely=(), now=None, following=None):
     residency.want(certain, likely, likely_probability=now or {}, next_probability=following or {})
 
 
+def is_ready(residency, part) -> bool:
+    return residency.missing([part]) == 0
+
+
 def load(residency) -> Segment | None:
     """Load what is due, as the loader does; None if nothing is."""
     job: list = []
@@ -111,7 +115,7 @@ def test_a_guess_never_displaces_what_is_as_likely_to_be_needed():
     assert load(residency) is None
     want(residency, [], [parts[2]], now={"1": 0.6}, following=even)
     assert load(residency) is parts[2]
-    assert not residency.is_ready(parts[1]) and residency.is_ready(parts[0])
+    assert not is_ready(residency, parts[1]) and is_ready(residency, parts[0])
 
 
 def test_a_dense_network_reads_anew_only_what_does_not_fit():
@@ -122,7 +126,7 @@ def test_a_dense_network_reads_anew_only_what_does_not_fit():
     for _ in range(10):
         want(residency, parts, following=always)
         for part in parts:
-            if not residency.is_ready(part):
+            if not is_ready(residency, part):
                 assert load(residency) is part
                 residency.arrived(part, part.bytes)
             residency.acquire(part)
@@ -139,7 +143,7 @@ def test_a_small_victim_is_spared_where_a_large_one_suffices():
     assert [load(residency) for _ in range(3)] == parts[:3]
     want(residency, [parts[3]], following=following)
     assert load(residency) is parts[3]
-    assert residency.is_ready(parts[1]) and not residency.is_ready(parts[2])
+    assert is_ready(residency, parts[1]) and not is_ready(residency, parts[2])
 
 
 def test_a_guess_in_flight_ends_when_something_certain_is_due():
@@ -175,9 +179,9 @@ def test_forgetting_keeps_what_runs_first():
     while load(residency):
         pass
     residency.forget(keep=2 * PAGE)
-    assert [residency.is_ready(part) for part in parts] == [True, True, False]
+    assert [is_ready(residency, part) for part in parts] == [True, True, False]
     residency.forget()
-    assert not any(map(residency.is_ready, parts)) and residency.slots.used == 0
+    assert not any(is_ready(residency, part) for part in parts) and residency.slots.used == 0
 
 
 def test_the_prior_starts_from_the_usage_and_learns_a_stream():

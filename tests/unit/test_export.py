@@ -14,13 +14,13 @@ from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import sigmabranch as sb
+from pairs import Paired, Value
 from sigmabranch import files
 from sigmabranch.backbones import GlobalAveragePool
 from sigmabranch.deploy.export import Export, export_net, formats
@@ -319,28 +319,6 @@ def test_the_runtime_reads_the_weights_of_one_path(exports, x, tmp_path):
 
 
 # -- features and routers of other kinds ---------------------------------------------------------
-
-
-class Pair(NamedTuple):
-    place: Tensor
-    value: Tensor
-
-
-class Paired(nn.Module):
-    """(1, C) → a place that every node hands on as it is, and a value that it changes."""
-
-    def __init__(self, inputs: int, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(inputs, width)
-
-    def forward(self, x: Tensor | Pair) -> Pair:
-        place, value = x if isinstance(x, Pair) else (x[:, :2], x)
-        return Pair(place, self.linear(value).relu() + place.sum(1, keepdim=True))
-
-
-class Value(nn.Module):
-    def forward(self, feature: Pair) -> Tensor:
-        return feature.value
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, TypeAlias
 from numpy.typing import NDArray
 
 from sigmabranch import files
-from sigmabranch.archive import MANIFEST
+from sigmabranch.archive import MANIFEST, check_file, check_schema
+from sigmabranch.deploy.export.nodes import DECIDE, SCHEMA
 from sigmabranch.deploy.package import ancestry, child
 from sigmabranch.errors import CheckpointError, MissingDependency
 
@@ -24,8 +25,7 @@ except ImportError as missing:
     raise MissingDependency("onnxruntime", "deploy", "running ONNX nodes") from missing
 
 Array: TypeAlias = NDArray[Any]
-FORMAT, SCHEMA = "sigmabranch-onnx-nodes", 1
-DECIDE = "decide"
+FORMAT = "sigmabranch-onnx-nodes"
 
 
 class NodeRun(NamedTuple):
@@ -123,15 +123,7 @@ def read_nodes(folder: Path) -> dict[str, Any]:
     manifest = files.read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{folder} holds no ONNX nodes: export with --format onnx-nodes")
-    if manifest.get("schema") != SCHEMA:
-        raise CheckpointError(
-            f"{folder} has schema {manifest.get('schema')}, this version reads {SCHEMA}: "
-            "use the version that wrote it"
-        )
+    check_schema(manifest, folder, SCHEMA)
     for name, entry in manifest["files"].items():
-        file = folder / name
-        if Path(name).name != name or not file.is_file():
-            raise CheckpointError(f"{file} is missing: copy the whole folder again")
-        if files.sha256(file) != entry["sha256"]:
-            raise CheckpointError(f"{file} is damaged: its SHA-256 differs; copy it again")
+        check_file(folder, name, entry)
     return manifest

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from sigmabranch import files
-from sigmabranch.archive import MANIFEST
+from sigmabranch.archive import MANIFEST, check_file, check_schema
 from sigmabranch.backbones import Backbone, as_backbone
 from sigmabranch.deploy.blocks import Block, Node, folded_nodes, folded_skeleton, node_parts
 from sigmabranch.deploy.stored import StoredBlock, layout
@@ -234,11 +234,7 @@ class Package:
         manifest = files.read_json(path)
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise CheckpointError(f"{path} belongs to no package: make one with sigmabranch pack")
-        if manifest.get("schema") != SCHEMA:
-            raise CheckpointError(
-                f"{self.folder} has schema {manifest.get('schema')}, this version reads {SCHEMA}: "
-                "use the version that wrote it"
-            )
+        check_schema(manifest, self.folder, SCHEMA)
         if manifest.pop("sha256", None) != _own_hash(manifest):
             raise CheckpointError(f"{path} is damaged: its SHA-256 differs; copy it again")
         return manifest
@@ -252,20 +248,11 @@ class Package:
             raise CheckpointError(f"{self.folder / MANIFEST} is damaged: {reason}") from error
 
     def _check_place(self, node: StoredNode) -> None:
-        path = self.folder / node.file
-        if Path(node.file).name != node.file:
+        self._check_file(node, read=False)
+        if node.blocks and node.blocks[-1].offset + node.blocks[-1].bytes > node.bytes:
             raise CheckpointError(
-                f"{self.folder / MANIFEST} names {node.file!r} outside its own folder"
+                f"{self.folder / node.file} is shorter than its block table: copy it again"
             )
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: copy the whole folder again")
-        size = path.stat().st_size
-        if size != node.bytes:
-            raise CheckpointError(
-                f"{path} is damaged: {size} bytes instead of {node.bytes}; copy it again"
-            )
-        if node.blocks and node.blocks[-1].offset + node.blocks[-1].bytes > size:
-            raise CheckpointError(f"{path} is shorter than its block table: copy it again")
 
     def verify(self) -> None:
         """Read every file and compare its SHA-256; blocks are checked anew whenever they are read.
@@ -274,9 +261,11 @@ class Package:
             CheckpointError: a file that differs.
         """
         for node in self.nodes.values():
-            path = self.folder / node.file
-            if files.sha256(path) != node.sha256:
-                raise CheckpointError(f"{path} is damaged: its SHA-256 differs; copy it again")
+            self._check_file(node, read=True)
+
+    def _check_file(self, node: StoredNode, *, read: bool) -> None:
+        expected = {"bytes": node.bytes, "sha256": node.sha256}
+        check_file(self.folder, node.file, expected, read=read)
 
     def skeleton(self, skeleton: nn.Module | Backbone | None = None) -> list[Node]:
         """The nodes' modules without values (meta device), to be run on the stored tensors.

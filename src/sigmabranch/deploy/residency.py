@@ -129,11 +129,6 @@ class Residency:
                 self._certain.remove(segment)
             self._changed.notify_all()
 
-    def is_ready(self, segment: Segment) -> bool:
-        """Whether it is in memory."""
-        with self._changed:
-            return self._held[segment].status is _Status.READY
-
     def read(self) -> Counter[Segment]:
         """Bytes of each segment that arrived since this was last asked."""
         with self._changed:

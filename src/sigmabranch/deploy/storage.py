@@ -10,7 +10,7 @@ import contextlib
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from sigmabranch.errors import StorageError
@@ -92,32 +92,24 @@ class Throttle:
 
     Args:
         bytes_per_second: the rate, or None for as fast as the storage is.
-        clock, sleep: replaced in tests.
     """
 
-    def __init__(
-        self,
-        bytes_per_second: float | None = None,
-        *,
-        clock: Callable[[], float] = time.perf_counter,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
+    def __init__(self, bytes_per_second: float | None = None) -> None:
         self.bytes_per_second = bytes_per_second
-        self._clock, self._sleep = clock, sleep
         self._free_at = 0.0
 
     def began(self) -> None:
         """A request is about to be made: bandwidth that lay idle until now is gone."""
-        self._free_at = max(self._free_at, self._clock())
+        self._free_at = max(self._free_at, time.perf_counter())
 
     def took(self, count: int) -> None:
         """Wait until ``count`` more bytes could have arrived."""
         if self.bytes_per_second is None:
             return
         self._free_at += count / self.bytes_per_second
-        left = self._free_at - self._clock()
+        left = self._free_at - time.perf_counter()
         if left > 0:
-            self._sleep(left)
+            time.sleep(left)
 
 
 def request_bytes(bytes_per_second: float | None) -> int:
@@ -128,6 +120,6 @@ def request_bytes(bytes_per_second: float | None) -> int:
     return min(max(pages * PAGE, LEAST_REQUEST), LARGEST_REQUEST)
 
 
-def checksum(data: memoryview | bytes, start: int = 0) -> int:
-    """CRC-32 of ``data``, continuing from ``start``: detects damage, not intent."""
-    return zlib.crc32(data, start)
+def checksum(data: memoryview) -> int:
+    """CRC-32 of ``data``: detects damage, not intent."""
+    return zlib.crc32(data)

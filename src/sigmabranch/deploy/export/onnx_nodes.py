@@ -13,9 +13,8 @@ from sigmabranch.deploy.export.check import Written
 from sigmabranch.deploy.export.nodes import Part, Walk, node_parts, write_manifest
 from sigmabranch.deploy.export.onnx_graph import as_graph, save, session
 from sigmabranch.deploy.export.program import traced
+from sigmabranch.deploy.onnx_path import FORMAT
 from sigmabranch.net import SigmaBranchNet
-
-FORMAT = "sigmabranch-onnx-nodes"
 
 
 def write(net: SigmaBranchNet, folder: Path, sample: Tensor) -> Written:
