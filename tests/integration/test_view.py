@@ -204,7 +204,7 @@ def test_a_browser_shows_the_answer(port, tmp_path):
         [
             *(CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"),
             *("--disable-background-networking", "--disable-dev-shm-usage"),
-            *(f"--user-data-dir={tmp_path}", "--virtual-time-budget=5000", "--dump-dom"),
+            *(f"--user-data-dir={tmp_path}", "--virtual-time-budget=60000", "--dump-dom"),
             f"http://127.0.0.1:{port}/?sample=5",
         ],
         capture_output=True,
