@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from sigmabranch.conversion import ConversionSpec, convert
 from sigmabranch.deploy import Package, Runtime, Trace, pack
-from sigmabranch.deploy.simulate import Storage, latency, path_steps, streamed_bytes
+from sigmabranch.deploy.simulate import Storage, checking_rate, latency, path_steps, streamed_bytes
 from sigmabranch.deploy.slots import byte_count
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.peers.catalog import find_system
@@ -73,7 +73,7 @@ FULL = Setting(
     rates=(25, 50, 100, 200, 400, 800, None),
     pinned="6.1MB",
     budget=42.0,
-    predictions=500,
+    predictions=10_000,
 )
 QUICK = Setting(
     task=find_task("cifar100-small"),
@@ -236,7 +236,8 @@ def _model_ms(setting: Setting, runtime: Runtime, trace: Trace, rate: int, pinne
         lambda segment: computed[segment.node] / segments[segment.node],
         resident_bytes=0 if pinned == "cold" else byte_count(setting.pinned),
     )
-    return 1e3 * latency(steps, Storage(bytes_per_second=rate * MB))
+    storage = Storage(bytes_per_second=rate * MB, checked_per_second=checking_rate())
+    return 1e3 * latency(steps, storage)
 
 
 def streams(

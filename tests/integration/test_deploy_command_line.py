@@ -87,6 +87,25 @@ def test_predict_gives_what_the_network_says_and_a_trace(shell, folder, packed):
     assert first["top"][0]["class"] in text.out and f"leaf {first['leaf']}" in text.out
 
 
+def test_onnx_nodes_say_what_the_package_says(shell, folder, packed):
+    pytest.importorskip("onnxscript")
+    path, _ = packed
+    nodes = folder / "nodes"
+    done = shell.run("export", folder / "net", "--format", "onnx-nodes", "--out", nodes)
+    assert done.code == 0, done.err
+    samples = ("--sample", 0, "--sample", 1, "--json")
+    done = shell.run("predict", nodes, "--engine", "onnx", *samples)
+    assert done.code == 0, done.err
+    found, expected = json.loads(done.out), json.loads(shell.run("predict", path, *samples).out)
+    for one, other in zip(found["inputs"], expected["inputs"], strict=True):
+        assert one["leaf"] == other["leaf"]
+        assert one["top"][0]["class"] == other["top"][0]["class"]
+        assert one["top"][0]["probability"] == pytest.approx(other["top"][0]["probability"], 1e-3)
+    assert found["inputs"][0]["trace"]["bytes_read"] > 0
+    done = shell.run("predict", nodes, "--engine", "onnx", "--budget", "1KB", "--sample", 0)
+    assert done.code == 2 and "its largest node takes" in done.err
+
+
 def test_a_dense_network_packs_as_one_node(shell, folder):
     out = folder / "dense-package"
     done = shell.run("pack", folder / "dense", "--out", out)

@@ -16,6 +16,7 @@ from sigmabranch.deploy import Runtime, pack
 from sigmabranch.deploy.simulate import (
     Step,
     Storage,
+    checking_rate,
     floor,
     latency,
     path_steps,
@@ -43,6 +44,12 @@ def test_a_branch_that_is_not_known_waits_for_its_router():
 def test_requests_cost_time():
     storage = Storage(bytes_per_second=10.0, request_seconds=0.5)
     assert latency([Step(bytes=10, seconds=0.0)] * 2, storage) == pytest.approx(3.0)
+
+
+def test_checksums_cost_time():
+    storage = Storage(bytes_per_second=10.0, checked_per_second=20.0)
+    assert latency([Step(bytes=10, seconds=0.0)] * 2, storage) == pytest.approx(3.0)
+    assert checking_rate() > 1e6
 
 
 step = st.builds(

@@ -16,8 +16,9 @@ import onnx
 from sigmabranch.conversion import ConversionSpec, convert
 from sigmabranch.deploy.export import export_net
 from sigmabranch.deploy.onnx_path import OnnxPath
+from sigmabranch.deploy.placement import mix_nodes, place_bits
 from sigmabranch.deploy.quantize import quantize_nodes
-from sigmabranch.errors import CheckpointError, ConfigError, DataError
+from sigmabranch.errors import CheckpointError, ConfigError, DataError, StorageError
 from sigmabranch.tree import TreeSpec, node_key
 
 
@@ -35,13 +36,98 @@ def case(dense, batches, tmp_path_factory):
 
 def test_the_path_in_fp32_is_the_networks(case):
     net, x, folder, _ = case
-    path = OnnxPath(folder / "fp32", keep=1)
+    path = OnnxPath(folder / "fp32", budget=_largest(folder / "fp32"))
     with torch.no_grad():
         hard = net.hard(x[:8])
     for number in range(8):
         logits, leaf = path(x[number : number + 1].numpy())
         assert leaf == node_key(net.tree.leaves[hard.leaf[number]])
         np.testing.assert_allclose(logits[0], hard.logits[number], rtol=1e-3, atol=1e-4)
+
+
+def _largest(folder) -> int:
+    """Bytes of the largest node."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    nodes = [node["file"] for node in manifest["nodes"].values()]
+    return max(sizes[name] + sizes[f"{name}.data"] for name in nodes)
+
+
+def test_only_the_path_is_read_within_the_budget_and_what_fits_stays(case):
+    _, x, folder, _ = case
+    with (
+        OnnxPath(folder / "int8") as roomy,
+        OnnxPath(folder / "int8", budget=_largest(folder / "int8")) as tight,
+    ):
+        for path in (roomy, tight):
+            first = path.predict(x[:1])
+            assert first.trace.bytes_read == path.path_bytes(first.leaf)
+            assert first.trace.hit_bytes == 0
+        again, anew = roomy.predict(x[:1]), tight.predict(x[:1])
+        assert again.trace.bytes_read == 0
+        assert again.trace.hit_bytes == roomy.path_bytes(again.leaf)
+        assert anew.trace.bytes_read > 0
+        torch.testing.assert_close(again.logits, anew.logits)
+        roomy.forget()
+        assert roomy.predict(x[:1]).trace.bytes_read == roomy.path_bytes(again.leaf)
+    with pytest.raises(ConfigError, match=f"largest node takes {_largest(folder / 'int8')}"):
+        OnnxPath(folder / "int8", budget=_largest(folder / "int8") - 1)
+
+
+def test_a_path_that_is_known_early_is_read_ahead(dense, batches, tmp_path):
+    spec = ConversionSpec(balanced=True, centred=True, norm_samples=32, restarts=2)
+    tree = TreeSpec.balanced(1, projection_dim=8, decide_after="layer1")
+    x = torch.cat([x for x, _ in batches])
+    export_net(convert(dense, batches, tree, spec=spec), tmp_path, x[:4], format="onnx-nodes")
+    with OnnxPath(tmp_path) as path:
+        runs = path.runs(x[:1].numpy())
+        assert [next(runs).key, next(runs).key] == ["decide", "root"]
+        path._sessions._thread.submit(int).result()  # all that was asked for has been read
+        read = path._sessions.read()
+        assert len(read) == 3
+        assert next(runs).key in read
+
+
+@pytest.fixture(scope="module")
+def fewer(case):
+    """The same network's nodes in four bits."""
+    _, x, folder, _ = case
+    quantize_nodes(folder / "fp32", folder / "int4", x, bits=4)
+    return folder / "int4"
+
+
+def test_bits_are_placed_where_they_matter_within_a_total(case, fewer, tmp_path):
+    _, x, folder, _ = case
+    with OnnxPath(folder / "int8") as large, OnnxPath(fewer) as small:
+        most, least = large.total_bytes, small.total_bytes
+    assert set(place_bits(folder / "int8", fewer, x[:4], total=most).values()) == {8}
+    assert set(place_bits(folder / "int8", fewer, x[:4], total=least).values()) == {4}
+    with pytest.raises(ConfigError, match=f"the nodes take {least}"):
+        place_bits(folder / "int8", fewer, x[:4], total=least - 1)
+    total = (most + least) // 2
+    bits = place_bits(folder / "int8", fewer, x[:16], total=total)
+    assert {*bits.values()} == {4, 8}
+    mix_nodes({8: folder / "int8", 4: fewer}, bits, tmp_path / "mixed")
+    with OnnxPath(tmp_path / "mixed") as mixed:
+        assert mixed.total_bytes <= total
+        assert mixed.manifest["bits"] == bits
+        for key, count in bits.items():
+            origin = fewer if count == 4 else folder / "int8"
+            name = f"{key}.onnx.data"
+            assert (tmp_path / "mixed" / name).read_bytes() == (origin / name).read_bytes()
+        mixed(x[:1].numpy())
+
+
+def test_a_leaf_that_no_sample_takes_is_the_first_to_lose_bits(case, fewer):
+    net, x, folder, _ = case
+    with torch.no_grad():
+        leaf = net.hard(x).leaf
+    with OnnxPath(folder / "int8") as large:
+        total = large.total_bytes - 1
+    for taken in (0, 1):
+        bits = place_bits(folder / "int8", fewer, x[leaf == taken][:4], total=total)
+        assert bits[str(1 - taken)] == 4
+        assert bits[str(taken)] == 8
 
 
 def test_eight_bits_stay_near_and_take_a_quarter(case):
@@ -93,7 +179,7 @@ def test_a_leaf_without_inputs_and_other_bits_are_refused_and_leave_nothing(case
 
 
 def test_damaged_nodes_are_refused(case, tmp_path):
-    _, _, folder, _ = case
+    _, x, folder, _ = case
     with pytest.raises(CheckpointError, match="holds no ONNX nodes"):
         OnnxPath(tmp_path)
     for name in ("0.onnx", "1.onnx", "root.onnx"):
@@ -104,5 +190,5 @@ def test_damaged_nodes_are_refused(case, tmp_path):
         OnnxPath(tmp_path)
     for name in manifest["files"]:
         (tmp_path / name).write_bytes((folder / "int8" / name).read_bytes()[:-1] + b"x")
-    with pytest.raises(CheckpointError, match="is damaged"):
-        OnnxPath(tmp_path)
+    with OnnxPath(tmp_path) as path, pytest.raises(StorageError, match="is damaged"):
+        path(x[:1].numpy())

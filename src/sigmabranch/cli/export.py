@@ -28,12 +28,14 @@ def command(
 ) -> None:
     """Write a branched network for another runtime, and compare the two leaf by leaf."""
     check_format(format)
-    task, _ = read_source(net, "branched", None)
-    test = open_task_data(task, data, torch.device("cpu")).test
+    task, seed = read_source(net, "branched", None)
+    dataset = open_task_data(task, data, torch.device("cpu"))
+    test = dataset.test
     order = torch.arange(min(_SAMPLES, len(test)))
     example, _ = next(iter(test.batches(order, len(order))))
     folder = out or net.resolve().parent / f"{net.resolve().name}-{format}"
-    export = export_net(load_net(net), folder, example, format=format)
+    notes = {"task": task.to_dict(), "seed": seed, "classes": list(dataset.class_names)}
+    export = export_net(load_net(net), folder, example, format=format, notes=notes)
     print_result(export.to_dict(), _text(export), as_json)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,16 +13,20 @@ from torch import Tensor
 
 from sigmabranch.cli import options
 from sigmabranch.cli.screen import print_result
-from sigmabranch.deploy import Package, Prediction, Runtime
+from sigmabranch.deploy import Prediction, Runtime
 from sigmabranch.deploy.engines import ENGINES
 from sigmabranch.errors import CheckpointError, ConfigError
 from sigmabranch.tasks import Task, open_task_data
 
 TOP = 5
+#: The engine that runs ONNX nodes rather than a package.
+ONNX = "onnx"
 
 
 def command(
-    package: Annotated[Path, typer.Argument(help="Folder made by pack.")],
+    package: Annotated[
+        Path, typer.Argument(help="Folder made by pack; with --engine onnx one of ONNX nodes.")
+    ],
     pictures: Annotated[
         list[Path] | None, typer.Argument(help="Picture files.", show_default=False)
     ] = None,
@@ -39,20 +44,18 @@ def command(
     prefetch: Annotated[
         bool, typer.Option(help="Read likely branches before they are decided.")
     ] = True,
-    engine: Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}.")] = "eager",
+    engine: Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}, {ONNX}.")] = "eager",
     as_json: options.Json = False,
 ) -> None:
     """Run a package on one input after the other, reading only each one's path."""
     if not pictures and not sample:
         raise ConfigError("nothing to predict: give picture files, or --sample NUMBER")
-    with Runtime.open(
-        package, budget=budget, engine=engine, prefetch=prefetch, bytes_per_second=bandwidth
-    ) as runtime:
-        task, names = described(runtime.package)
+    with _opened(package, engine, budget, bandwidth, prefetch) as (runtime, shape, notes):
+        task, names = described(package, notes)
         rows = [
             {"input": title, **row(runtime.predict(x), names)}
             for title, x in (
-                *_pictures(runtime.package, task, pictures or ()),
+                *_pictures(shape, task, pictures or ()),
                 *_samples(task, sample or (), data),
             )
         ]
@@ -60,27 +63,46 @@ def command(
     print_result(result, "\n".join(map(_line, rows)), as_json)
 
 
-def described(package: Package) -> tuple[Task, Sequence[str]]:
-    """The task that a package belongs to, and the names of its classes.
+@contextmanager
+def _opened(
+    folder: Path, engine: str, budget: str | None, bandwidth: str | None, prefetch: bool
+) -> Iterator[tuple[Any, tuple[int, ...], Mapping[str, Any]]]:
+    """What predicts, the shape of an input, and the notes of the folder."""
+    if engine == ONNX:
+        from sigmabranch.deploy.onnx_path import OnnxPath  # noqa: PLC0415 (loads ONNX Runtime)
+
+        with OnnxPath(folder, budget=budget, bytes_per_second=bandwidth) as path:
+            yield path, path.input_shape, path.manifest.get("notes", {})
+        return
+    with Runtime.open(
+        folder, budget=budget, engine=engine, prefetch=prefetch, bytes_per_second=bandwidth
+    ) as runtime:
+        yield runtime, runtime.package.input_shape, runtime.package.notes
+
+
+def described(folder: Path, notes: Mapping[str, Any]) -> tuple[Task, Sequence[str]]:
+    """The task that a network belongs to, and the names of its classes.
 
     Raises:
-        CheckpointError: it was packed without its task.
+        CheckpointError: it was written without its task.
     """
-    if "task" not in package.notes:
+    if "task" not in notes:
         raise CheckpointError(
-            f"{package.folder} was packed without its task: use the Python API, or pack with one"
+            f"{folder} was written without its task: use the Python API, or pack with one"
         )
-    names = package.notes.get("classes") or [str(number) for number in range(package.classes)]
-    return Task.from_dict(package.notes["task"]), names
+    task = Task.from_dict(notes["task"])
+    return task, notes.get("classes") or [str(number) for number in range(task.model.classes)]
 
 
-def _pictures(package: Package, task: Task, paths: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+def _pictures(
+    shape: tuple[int, ...], task: Task, paths: Sequence[Path]
+) -> Iterator[tuple[str, Tensor]]:
     if not paths:
         return
     from sigmabranch.data.single import picture_input  # noqa: PLC0415 (loads Pillow)
 
     for path in paths:
-        yield str(path), picture_input(task.data.name, path, package.input_shape[-1])
+        yield str(path), picture_input(task.data.name, path, shape[-1])
 
 
 def _samples(task: Task, numbers: Sequence[int], data: Path | None) -> Iterator[tuple[str, Tensor]]:

@@ -16,6 +16,7 @@ from sigmabranch.cli.screen import Screen, print_result
 from sigmabranch.cli.source import read_source
 from sigmabranch.data import Split
 from sigmabranch.deploy.export import check_format, export_net
+from sigmabranch.deploy.slots import byte_count
 from sigmabranch.saving import load_net
 from sigmabranch.tasks import open_task_data
 from sigmabranch.tasks.provenance import provenance
@@ -23,6 +24,8 @@ from sigmabranch.tasks.provenance import provenance
 # Training samples among which each node finds those to be calibrated on.
 CALIBRATION = 2000
 COMPARED = 16
+# Of these, those that tell how much a node minds four bits.
+SENSED = 500
 
 
 def command(
@@ -33,27 +36,48 @@ def command(
         list[int] | None,
         typer.Option(help="Of a weight: 8 or 4. Repeatable.", show_default="8"),
     ] = None,
+    total: Annotated[
+        str | None,
+        typer.Option(
+            help="Also mix 8 and 4 bits, so that all nodes take no more than this, e.g. 1.2MB.",
+            metavar="SIZE",
+            show_default=False,
+        ),
+    ] = None,
     result: options.OutFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Write a network as ONNX nodes in fp32 and in few bits, and measure all of them."""
     check_format("onnx-nodes")
-    from sigmabranch.deploy.onnx_path import OnnxPath  # noqa: PLC0415 (loads ONNX Runtime)
-    from sigmabranch.deploy.quantize import quantize_nodes  # noqa: PLC0415 (likewise)
+    # These load ONNX Runtime.
+    from sigmabranch.deploy.onnx_path import OnnxPath  # noqa: PLC0415
+    from sigmabranch.deploy.placement import mix_nodes, place_bits  # noqa: PLC0415
+    from sigmabranch.deploy.quantize import quantize_nodes  # noqa: PLC0415
 
+    limit = None if total is None else byte_count(total)
     task, seed = read_source(net, "branched", None)
     dataset = open_task_data(task, data, torch.device("cpu"))
     samples = _first(dataset.train, CALIBRATION)
     folder = out or net.resolve().parent / f"{net.resolve().name}-quantized"
     with Screen().live() as screen:
         screen.say(f"{folder}: fp32")
-        export_net(load_net(net), folder / "fp32", samples[:COMPARED], format="onnx-nodes")
+        notes = {"task": task.to_dict(), "seed": seed, "classes": list(dataset.class_names)}
+        export_net(
+            load_net(net), folder / "fp32", samples[:COMPARED], format="onnx-nodes", notes=notes
+        )
         rows = [_row("fp32", OnnxPath(folder / "fp32"), dataset.test, None)]
-        for count in bits or [8]:
+        for count in sorted({*(bits or [8]), *([8, 4] if limit else [])}, reverse=True):
             name = f"int{count}"
             screen.say(f"{folder}: {name}")
             quantize_nodes(folder / "fp32", folder / name, samples, bits=count)
             rows.append(_row(name, OnnxPath(folder / name), dataset.test, rows[0]["leaf"]))
+        if limit is not None:
+            screen.say(f"{folder}: mixed")
+            eight, four = folder / "int8", folder / "int4"
+            placed = place_bits(eight, four, samples[:SENSED], total=limit)
+            mix_nodes({8: eight, 4: four}, placed, folder / "mixed")
+            row = _row("mixed", OnnxPath(folder / "mixed"), dataset.test, rows[0]["leaf"])
+            rows.append({**row, "bits": placed})
     for row in rows:
         del row["leaf"]
     measured = {
@@ -89,6 +113,7 @@ def _row(name: str, path: Any, test: Split, leaf: list[str] | None) -> dict[str,
         "samples": len(leaves),
         "top1": 100 * right / len(leaves),
         "path_bytes": max(map(path.path_bytes, path.leaves)),
+        "total_bytes": path.total_bytes,
         "rerouted": sum(a != b for a, b in zip(same, leaves, strict=True)) / len(leaves),
         "usage": {key: usage[key] / len(leaves) for key in path.leaves},
         "leaf": leaves,
@@ -98,5 +123,6 @@ def _row(name: str, path: Any, test: Split, leaf: list[str] | None) -> dict[str,
 def _line(row: dict[str, Any]) -> str:
     return (
         f"{row['name']}: {row['top1']:.2f} % top-1 on {row['samples']:,} held-out samples, "
-        f"{row['path_bytes'] / 1e6:.3f} MB read for one input, {row['rerouted']:.1%} rerouted"
+        f"{row['path_bytes'] / 1e6:.3f} MB read for one input, {row['total_bytes'] / 1e6:.3f} MB "
+        f"in all, {row['rerouted']:.1%} rerouted"
     )

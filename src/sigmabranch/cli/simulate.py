@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import mean
@@ -19,6 +21,7 @@ from sigmabranch.deploy.segment import Segment
 from sigmabranch.deploy.simulate import (
     INTERFACES,
     Storage,
+    checking_rate,
     floor,
     latency,
     path_steps,
@@ -64,7 +67,9 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """Say how long an input takes and what it reads, for storage and memory of any size."""
-    storages = [_storage(text) for text in bandwidth or RATES]
+    # Another device's checksums are not known, and taken to cost nothing.
+    checked = math.inf if compute else checking_rate()
+    storages = [replace(_storage(text), checked_per_second=checked) for text in bandwidth or RATES]
     opened = {path.name: Package(path) for path in packages}
     if len(opened) < len(packages):
         raise ConfigError("the packages need folders of different names")

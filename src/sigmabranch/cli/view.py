@@ -39,7 +39,7 @@ def command(
             runtime = Runtime.open(folder, budget=budget, bytes_per_second=bandwidth)
             runtimes.append(stack.enter_context(runtime))
         _check_twins([runtime.package for runtime in runtimes])
-        task, names = predict.described(runtimes[0].package)
+        task, names = predict.described(package, runtimes[0].package.notes)
         inputs = open_inputs(runtimes[0].package, task, names, data)
         answer = partial(predict.row, names=inputs.class_names)
         networks = [Network(runtime, answer) for runtime in runtimes]

@@ -1,28 +1,32 @@
 """One path through a folder of ONNX nodes, run by ONNX Runtime.
 
-Sessions are made when a node is first met and kept; a device that must not keep them all names how
-many it can afford.
+What the :class:`~sigmabranch.deploy.runtime.Runtime` does with blocks, this does with nodes: those
+of the path alone are read, within a byte budget, and as early as it is known that they will run.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TypeAlias
 
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sigmabranch import files
 from sigmabranch.archive import MANIFEST, check_file, check_schema
 from sigmabranch.deploy.export.nodes import DECIDE, SCHEMA
+from sigmabranch.deploy.onnx_sessions import NodeFiles, Sessions
 from sigmabranch.deploy.package import ancestry, child
-from sigmabranch.errors import CheckpointError, MissingDependency
-
-try:
-    import onnxruntime
-except ImportError as missing:
-    raise MissingDependency("onnxruntime", "deploy", "running ONNX nodes") from missing
+from sigmabranch.deploy.runtime import Prediction
+from sigmabranch.deploy.slots import byte_count
+from sigmabranch.deploy.storage import Throttle
+from sigmabranch.deploy.trace import Trace, milliseconds
+from sigmabranch.errors import CheckpointError
+from sigmabranch.tree import node_key
 
 Array: TypeAlias = NDArray[Any]
 FORMAT = "sigmabranch-onnx-nodes"
@@ -45,74 +49,174 @@ class NodeRun(NamedTuple):
 class OnnxPath:
     """Runs single inputs through the nodes that ``sigmabranch export --format onnx-nodes`` wrote.
 
+    Where the tree decides early, the nodes of the path are read while those before them compute;
+    elsewhere a node is read once its router has been asked.
+
     Args:
         folder: holds ``manifest.json`` and the nodes.
-        keep: sessions that stay open; all of them if None.
+        budget: bytes of the nodes that are open or on their way, such as ``"11MB"``; all fit if
+            None.
         threads: that compute one node.
+        direct: read around the page cache where the file system can.
+        bytes_per_second: read no faster than this, such as ``"100MB"``.
+
+    Attributes:
+        folder: as given.
+        manifest: as it was written.
+        leaves: their keys, left to right.
 
     Raises:
-        CheckpointError: no such folder, or a damaged file.
+        CheckpointError: no such folder, or files that are missing or of another length.
+        ConfigError: a budget less than the largest node, which the message names.
     """
 
-    def __init__(self, folder: Path | str, *, keep: int | None = None, threads: int = 1) -> None:
-        self.folder, self._keep = Path(folder), keep
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        budget: int | str | None = None,
+        threads: int = 1,
+        direct: bool = True,
+        bytes_per_second: int | str | None = None,
+    ) -> None:
+        self.folder = Path(folder)
         self.manifest = read_nodes(self.folder)
-        self.leaves = tuple("-".join(map(str, leaf)) for leaf in self.manifest["leaves"])
-        self._options = onnxruntime.SessionOptions()
-        self._options.intra_op_num_threads = threads
-        self._options.log_severity_level = 3
-        self._sessions: OrderedDict[str, onnxruntime.InferenceSession] = OrderedDict()
+        self.leaves = tuple(node_key(leaf) for leaf in self.manifest["leaves"])
+        self._nodes = {key: self._files(node) for key, node in self.manifest["nodes"].items()}
+        rate = None if bytes_per_second is None else float(byte_count(bytes_per_second))
+        self._sessions = Sessions(
+            self.folder,
+            self._nodes,
+            budget=None if budget is None else byte_count(budget),
+            throttle=Throttle(rate),
+            direct=direct,
+            threads=threads,
+        )
 
     def __call__(self, x: Array) -> tuple[Array, str]:
         """(1, ...) float32 → (logits (1, V), key of the leaf)."""
         *_, last = self.runs(x)
         return last.outputs["logits"], last.key
 
+    def predict(self, x: Tensor) -> Prediction:
+        """Run one input, (1, ...) float32, as :meth:`Runtime.predict` does, and with its trace.
+
+        Raises:
+            StorageError: files that cannot be read, or are not those that were written.
+        """
+        began = time.perf_counter()
+        self._sessions.read()
+        trace = Trace()
+        *_, last = self.runs(x.numpy(), trace)
+        trace.leaf = last.key
+        trace.total_ms = 1e3 * (time.perf_counter() - began)
+        read = self._sessions.read()
+        trace.bytes_read = sum(read.values())
+        for entry in trace.nodes:
+            entry.hit_bytes = 0 if entry.node in read else entry.bytes
+        return Prediction(torch.from_numpy(last.outputs["logits"][0]), last.key, trace)
+
+    @property
+    def budget(self) -> int:
+        """Bytes that the nodes which are open or on their way may take."""
+        return self._sessions.budget
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes of nodes that ever were open or on their way at once."""
+        return self._sessions.peak_bytes
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one input, without the batch."""
+        return tuple(self.manifest["input"]["shape"][1:])
+
     def path_bytes(self, leaf: str) -> int:
         """Bytes of the files that a path to ``leaf`` needs."""
         keys = [*([DECIDE] if self.manifest["early"] else []), *ancestry(leaf)]
-        stems = {self.manifest["nodes"][key]["file"] for key in keys}
-        listed = self.manifest["files"].items()
-        return sum(entry["bytes"] for name, entry in listed if name.removesuffix(".data") in stems)
+        return sum(self._nodes[key].bytes for key in keys)
 
-    def runs(self, x: Array) -> Iterator[NodeRun]:
-        """Run one input, yielding node after node of its path."""
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(node.bytes for node in self._nodes.values())
+
+    def forget(self) -> None:
+        """Close all sessions, as if other work had needed the memory."""
+        self._sessions.forget()
+
+    def close(self) -> None:
+        """End the thread that reads; a second time does nothing."""
+        self._sessions.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def runs(self, x: Array, trace: Trace | None = None) -> Iterator[NodeRun]:
+        """Run one input, yielding node after node of its path.
+
+        Args:
+            x: (1, ...) float32.
+            trace: receives what each node cost.
+        """
+        trace = trace or Trace()
         tensors: Sequence[Array] = (x,)
         said: dict[str, Array] = {}
         if self.manifest["early"]:
-            yield (run := self._run(DECIDE, tensors))
+            self._sessions.ahead([DECIDE, "root"])
+            yield (run := self._run(DECIDE, tensors, trace))
             *tensors, log_prob_1IK = run.outputs.values()
             said = dict(zip(self.manifest["routers"], log_prob_1IK[0], strict=True))
         key = "root"
-        yield (run := self._run(key, tensors))
+        self._sessions.ahead(self._certain(key, said))
+        yield (run := self._run(key, tensors, trace))
         while key not in self.leaves:
-            log_prob = said[key] if said else run.outputs["log_prob"]
             features = [value for name, value in run.outputs.items() if name != "log_prob"]
-            key = child(key, int(log_prob.argmax()))
-            yield (run := self._run(key, features))
+            key = child(key, _branch(said.get(key, run.outputs.get("log_prob"))))
+            self._sessions.ahead(self._certain(key, said))
+            yield (run := self._run(key, features, trace))
 
-    def _run(self, key: str, tensors: Sequence[Array]) -> NodeRun:
-        node = self.manifest["nodes"][key]
+    def _certain(self, key: str, said: Mapping[str, Array]) -> list[str]:
+        """A node, and what is known to follow it."""
+        keys = [key]
+        while keys[-1] not in self.leaves:
+            has_router = keys[-1] in self.manifest["routers"]
+            if has_router and keys[-1] not in said:
+                break
+            keys.append(child(keys[-1], _branch(said.get(keys[-1]))))
+        return keys
+
+    def _run(self, key: str, tensors: Sequence[Array], trace: Trace) -> NodeRun:
+        node, entry = self.manifest["nodes"][key], trace.node(key)
+        entry.bytes = self._nodes[key].bytes
         inputs = dict(zip(node["inputs"], tensors, strict=True))
-        found = self._session(key).run(node["outputs"], inputs)
+        with milliseconds(entry, "wait_ms"):
+            session = self._sessions.get(key)
+        with milliseconds(entry, "compute_ms"):
+            found = session.run(node["outputs"], inputs)
         return NodeRun(key, inputs, dict(zip(node["outputs"], found, strict=True)))
 
-    def _session(self, key: str) -> onnxruntime.InferenceSession:
-        session = self._sessions.pop(key, None)
-        if session is None:
-            session = onnxruntime.InferenceSession(
-                self.folder / self.manifest["nodes"][key]["file"],
-                self._options,
-                providers=["CPUExecutionProvider"],
+    def _files(self, node: Mapping[str, Any]) -> NodeFiles:
+        names, listed = (node["file"], f"{node['file']}.data"), self.manifest["files"]
+        if node["file"] not in listed:
+            raise CheckpointError(
+                f"{self.folder / MANIFEST} is damaged: no entry of {node['file']}"
             )
-        self._sessions[key] = session  # the newest is last
-        while self._keep is not None and len(self._sessions) > max(self._keep, 1):
-            self._sessions.popitem(last=False)
-        return session
+        return NodeFiles(
+            graph=node["file"], listed={name: listed[name] for name in names if name in listed}
+        )
 
 
 def read_nodes(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder of ONNX nodes, after checking every file that it names.
+    """The manifest of a folder of ONNX nodes, whose files are there in their length.
 
     Raises:
         CheckpointError: as for :class:`OnnxPath`.
@@ -125,5 +229,10 @@ def read_nodes(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} holds no ONNX nodes: export with --format onnx-nodes")
     check_schema(manifest, folder, SCHEMA)
     for name, entry in manifest["files"].items():
-        check_file(folder, name, entry)
+        check_file(folder, name, entry, read=False)
     return manifest
+
+
+def _branch(log_prob: Array | None) -> int:
+    """The branch that a router chooses; a node without one has a single child."""
+    return 0 if log_prob is None else int(log_prob.argmax())

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from sigmabranch import files
+from sigmabranch.archive import MANIFEST
 from sigmabranch.deploy.export.check import LeafCheck, Written, check_leaves
 from sigmabranch.deploy.export.staging import listing, staged
 from sigmabranch.errors import ConfigError, DataError, MissingDependency
@@ -56,7 +58,14 @@ class Export:
         }
 
 
-def export_net(net: SigmaBranchNet, folder: Path | str, example: Tensor, *, format: str) -> Export:
+def export_net(
+    net: SigmaBranchNet,
+    folder: Path | str,
+    example: Tensor,
+    *,
+    format: str,
+    notes: Mapping[str, Any] | None = None,
+) -> Export:
     """Write the hard path at batch 1 for another runtime, and prove that it says the same.
 
     Every leaf is compared: on the inputs that the exported routers send there, and on a few that
@@ -71,6 +80,7 @@ def export_net(net: SigmaBranchNet, folder: Path | str, example: Tensor, *, form
             ``If`` and one file of weights), ``"onnx-nodes"`` (a graph and a file of weights per
             node, and a manifest), ``"executorch"`` (one program, a file of weights per node, and a
             manifest) or ``"litert"`` (a model per node, channel-last, and a manifest).
+        notes: anything JSON-able to keep in the manifest, such as the task.
 
     Raises:
         ConfigError: an unknown format.
@@ -88,6 +98,8 @@ def export_net(net: SigmaBranchNet, folder: Path | str, example: Tensor, *, form
     with torch.no_grad(), staged(folder) as stage:
         written = write(copied, stage, example[:1])
         checks = check_leaves(copied, written, example)
+        if notes and (manifest := stage / MANIFEST).exists():
+            files.write_json(manifest, {**files.read_json(manifest), "notes": dict(notes)})
         listed = listing(stage)
     return Export(format=format, folder=Path(folder), files=listed, checks=checks)
 

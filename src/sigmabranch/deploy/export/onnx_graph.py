@@ -94,6 +94,7 @@ def save(model: ir.Model, path: Path) -> None:
                 name=value.name or "",
                 base_dir=path.parent,
             )
+        file.truncate(_padded(file.tell(), _NODE_ALIGNMENT))  # so that direct reads reach the end
     model.metadata_props[RANGES] = json.dumps(ranges)
     ir.save(model, path)
     onnx.checker.check_model(path, full_check=True)

@@ -24,13 +24,13 @@ def write(net: SigmaBranchNet, folder: Path, sample: Tensor) -> Written:
         UnsupportedOperation: torch.export cannot follow a node, or ONNX has no word for an
             operation.
     """
-    nodes = {part.key: _write_part(part, folder) for part in node_parts(net, sample)}
+    nodes = {part.key: write_part(part, folder) for part in node_parts(net, sample)}
     write_manifest(net, folder, sample, format=FORMAT, nodes=nodes)
     return Walk(net, _Sessions(folder, nodes))
 
 
-def _write_part(part: Part, folder: Path) -> dict[str, Any]:
-    """Its entry in the manifest."""
+def write_part(part: Part, folder: Path) -> dict[str, Any]:
+    """Write one node; returns its entry in the manifest."""
     name = f"{part.key}.onnx"
     program = traced(part.function, part.inputs)
     save(as_graph(program, part.input_names, part.outputs), folder / name)
