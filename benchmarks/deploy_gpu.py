@@ -24,8 +24,7 @@ import torch
 from benchmarks.harness import parser, publish_parts
 from torch import nn
 
-from sigmabranch.deploy import Package, pack
-from sigmabranch.deploy.gpu_path import GpuPath
+from sigmabranch.deploy import GpuPath, Package, pack
 from sigmabranch.tasks import Task, find_task
 from sigmabranch.tasks.counting import example, sketch
 
@@ -90,7 +89,7 @@ def _turns(
         {
             "memory": mode,
             "system": name,
-            "gpu_mb": paths[name].weight_bytes / MB,
+            "gpu_mb": paths[name].budget / MB,
             "copied_mb": made[0].copied_bytes / MB,
             "ms": statistics.median(run.total_ms for run in made),
             "p99_ms": statistics.quantiles([run.total_ms for run in made], n=100)[98],

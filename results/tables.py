@@ -180,7 +180,7 @@ def few_bits() -> Table:
     """Accuracy of the quantized nodes on the held-out split."""
     rows = files.read_json(HERE / "quantize-cifar100-small.json")["rows"]
     return Table(
-        header=("ONNX nodes", "top-1 %", "one input reads, MB", "take another leaf"),
+        header=("ONNX nodes", "top-1 %", "one input reads, MB", "all, MB", "take another leaf"),
         groups=(
             (
                 "",
@@ -189,7 +189,77 @@ def few_bits() -> Table:
                         row["name"],
                         f"{row['top1']:.2f}",
                         f"{row['path_bytes'] / 1e6:.3f}",
+                        f"{row['total_bytes'] / 1e6:.3f}",
                         f"{row['rerouted']:.1%}",
+                    )
+                    for row in rows
+                ),
+            ),
+        ),
+    )
+
+
+def streams() -> Table:
+    """Bytes moved per input of a stream within a budget."""
+    rows = files.read_json(HERE / "benchmarks" / "deploy-stream.json")["stream"]
+    return Table(
+        header=("in 42 MB of memory", "same leaf as before", "MB an input", "simulated"),
+        groups=(
+            (
+                "",
+                tuple(
+                    (
+                        row["system"],
+                        f"{row['persistence']:.0%}" if row["persistence"] else "by chance",
+                        f"{row['measured_mb_per_input']:.1f}",
+                        f"{row['simulated_mb_per_input']:.1f}",
+                    )
+                    for row in rows
+                ),
+            ),
+        ),
+    )
+
+
+def over_the_bus() -> Table:
+    """Weights streamed from the host's memory to a GPU."""
+    rows = files.read_json(HERE / "benchmarks" / "deploy-gpu.json")["latency"]
+    memories = {
+        "whole": "GPU memory for all that is read, nothing stays",
+        "equal": "GPU memory for one path, nothing stays",
+        "pinned": "the same, as much as the trunk stays",
+    }
+
+    def line(row: Mapping[str, Any]) -> tuple[str, ...]:
+        sizes = (f"{row[name]:.0f}" for name in ("gpu_mb", "copied_mb"))
+        times = (f"{row[name]:.2f}" for name in ("ms", "p99_ms", "dense_over"))
+        return (row["system"], *sizes, *times)
+
+    return Table(
+        header=("system", "GPU memory, MB", "over the bus, MB", "ms", "p99, ms", "dense / it"),
+        groups=tuple(
+            (heading, tuple(line(row) for row in rows if row["memory"] == memory))
+            for memory, heading in memories.items()
+        ),
+    )
+
+
+def in_eight_bits() -> Table:
+    """Dense and path in eight bits on ONNX Runtime."""
+    rows = files.read_json(HERE / "benchmarks" / "deploy-int8.json")["latency"]
+    return Table(
+        header=("MB/s", "int8", "read, MB", "ms", "one file / it", "three files / it"),
+        groups=(
+            (
+                "",
+                tuple(
+                    (
+                        str(row["mb_per_s"]),
+                        row["system"],
+                        f"{row['read_mb']:.1f}",
+                        f"{row['ms']:,.0f}",
+                        f"{row['over_file']:.2f}",
+                        f"{row['over_parts']:.2f}",
                     )
                     for row in rows
                 ),
@@ -203,7 +273,10 @@ TABLES: Mapping[str, Callable[[], Table]] = {
     "digits": partial(demo, "digits-resnet"),
     "shapes": partial(demo, "shapes-pointnet2"),
     "compare-cifar100-small": systems_on_cifar100,
+    "deploy-gpu": over_the_bus,
+    "deploy-int8": in_eight_bits,
     "deploy-latency": streaming,
+    "deploy-stream": streams,
     "main": main_of_the_paper,
     "quantize": few_bits,
     "modelnet40-cpu": modelnet40_on_a_cpu,

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sigmabranch.deploy import Runtime, pack
-from sigmabranch.deploy.gpu_path import GpuPath, ring
+from sigmabranch.deploy import GpuPath, Runtime, pack
+from sigmabranch.deploy.gpu_path import ring
 from sigmabranch.errors import ConfigError
 from sigmabranch.tasks import find_task
 from sigmabranch.tasks.counting import example, sketch

@@ -1,7 +1,8 @@
 """Packages, and the runtime that streams one path of them."""
 
+from sigmabranch.deploy.gpu_path import GpuPath, GpuPrediction
 from sigmabranch.deploy.package import Package, pack
 from sigmabranch.deploy.runtime import Prediction, Runtime
 from sigmabranch.deploy.trace import Trace
 
-__all__ = ["Package", "Prediction", "Runtime", "Trace", "pack"]
+__all__ = ["GpuPath", "GpuPrediction", "Package", "Prediction", "Runtime", "Trace", "pack"]

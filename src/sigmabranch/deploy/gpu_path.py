@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from sigmabranch.backbones import Backbone
+from sigmabranch.deploy.checks import checked_input, checked_logits
 from sigmabranch.deploy.engines import EagerEngine
 from sigmabranch.deploy.package import Package, ancestry, child
 from sigmabranch.deploy.program import Program
@@ -98,6 +99,10 @@ class GpuPath:
             may differ from the CPU's.
         skeleton: a dense network of the same shape, where this library cannot build it.
 
+    Attributes:
+        package: what is run.
+        budget: bytes of GPU memory that weights take.
+
     Raises:
         CheckpointError: no package, or a damaged one.
         ConfigError: no GPU, a budget too small to run at all (the message names the least), or
@@ -135,14 +140,18 @@ class GpuPath:
             self._input = self._input.contiguous(memory_format=torch.channels_last)
         self._record()
 
-    @property
-    def weight_bytes(self) -> int:
-        """GPU memory that weights take."""
-        return self.budget
-
     @torch.inference_mode()
     def predict(self, x: Tensor) -> GpuPrediction:
-        """Run one input: float32 of the package's input shape, with a batch axis of one."""
+        """Run one input.
+
+        Args:
+            x: float32 of the package's input shape, with or without a batch axis of one.
+
+        Raises:
+            DataError: an input of another shape or dtype, or with NaN or infinity.
+            NumericError: NaN or infinite logits.
+        """
+        x = checked_input(x, self.package.input_shape)
         began = time.perf_counter()
         route, copied, copied_bytes = ["root"], self._resident, 0
         with torch.cuda.stream(self._computing):
@@ -161,7 +170,8 @@ class GpuPath:
                     route.append(child(route[-1], int(self._outputs[number])))
         with torch.cuda.stream(self._computing):
             logits = self._outputs[-1][0].float().cpu()
-        return GpuPrediction(logits, route[-1], copied_bytes, 1e3 * (time.perf_counter() - began))
+        total_ms = 1e3 * (time.perf_counter() - began)
+        return GpuPrediction(checked_logits(logits), route[-1], copied_bytes, total_ms)
 
     def _by_level(self) -> list[dict[str, Segment]]:
         """The stretches of a path in order, each by the node that it may belong to."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sigmabranch import files
 from sigmabranch.archive import MANIFEST, check_file, check_schema
+from sigmabranch.deploy.checks import checked_input, checked_logits
 from sigmabranch.deploy.export.nodes import DECIDE, SCHEMA
 from sigmabranch.deploy.onnx_sessions import NodeFiles, Sessions
 from sigmabranch.deploy.package import ancestry, child
@@ -99,11 +100,14 @@ class OnnxPath:
         return last.outputs["logits"], last.key
 
     def predict(self, x: Tensor) -> Prediction:
-        """Run one input, (1, ...) float32, as :meth:`Runtime.predict` does, and with its trace.
+        """Run one input as :meth:`Runtime.predict` does.
 
         Raises:
+            DataError: an input of another shape or dtype, or with NaN or infinity.
             StorageError: files that cannot be read, or are not those that were written.
+            NumericError: NaN or infinite logits.
         """
+        x = checked_input(x, self.input_shape).contiguous()
         began = time.perf_counter()
         self._sessions.read()
         trace = Trace()
@@ -114,7 +118,8 @@ class OnnxPath:
         trace.bytes_read = sum(read.values())
         for entry in trace.nodes:
             entry.hit_bytes = 0 if entry.node in read else entry.bytes
-        return Prediction(torch.from_numpy(last.outputs["logits"][0]), last.key, trace)
+        logits = torch.from_numpy(last.outputs["logits"][0])
+        return Prediction(checked_logits(logits), last.key, trace)
 
     @property
     def budget(self) -> int:

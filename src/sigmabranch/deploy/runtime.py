@@ -9,10 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-import torch
 from torch import Tensor, nn
 
 from sigmabranch.backbones import Backbone
+from sigmabranch.deploy.checks import checked_input, checked_logits
 from sigmabranch.deploy.engines import Engine, find_engine
 from sigmabranch.deploy.loader import Loader
 from sigmabranch.deploy.package import Package, child
@@ -24,7 +24,6 @@ from sigmabranch.deploy.segment import Segment
 from sigmabranch.deploy.slots import byte_count
 from sigmabranch.deploy.storage import NodeFile, Throttle
 from sigmabranch.deploy.trace import Trace, milliseconds
-from sigmabranch.errors import DataError, NumericError
 
 
 class Prediction(NamedTuple):
@@ -130,7 +129,7 @@ class Runtime:
                 remains usable: the next input tries again.
             NumericError: NaN or infinite logits.
         """
-        x = self._checked(x)
+        x = checked_input(x, self.package.input_shape)
         with self._lock:
             began = time.perf_counter()
             self._residency.read()
@@ -142,9 +141,7 @@ class Runtime:
                 self._planner.ended(trace.leaf or None)
             trace.total_ms = 1e3 * (time.perf_counter() - began)
             self._account(trace)
-        if not logits.isfinite().all():
-            raise NumericError("the network gave NaN or infinite logits for this input")
-        return Prediction(logits, trace.leaf, trace)
+        return Prediction(checked_logits(logits), trace.leaf, trace)
 
     @property
     def peak_bytes(self) -> int:
@@ -174,18 +171,6 @@ class Runtime:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _checked(self, x: Tensor) -> Tensor:
-        shape = self.package.input_shape
-        if x.dtype != torch.float32 or tuple(x.shape) not in (shape, (1, *shape)):
-            raise DataError(
-                f"the input is {x.dtype} of shape {tuple(x.shape)}, but the package takes one "
-                f"float32 input of shape {shape}"
-            )
-        if not x.isfinite().all():
-            raise DataError("the input holds NaN or infinity: check what made it")
-        x = x.reshape(1, *shape)
-        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
     def _walk(self, x: Tensor, trace: Trace) -> Tensor:
         """Run the segments of the path in order; each router extends it."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ WARMUP, ROUNDS = 5, 40
 
 
 def latency(model: nn.Module, reference: nn.Module, example: Tensor) -> dict[str, float]:
-    """Median time of a forward pass at batch 1 on the CPU, the two networks taking turns.
+    """Median time of a forward pass at batch 1 on one thread of the CPU, the networks taking turns.
 
     Weights are in memory: this is the time of arithmetic and overhead, not of streaming.
 
@@ -30,7 +31,7 @@ def latency(model: nn.Module, reference: nn.Module, example: Tensor) -> dict[str
     """
     times: dict[str, list[float]] = {"ms": [], "reference_ms": []}
     runs: dict[str, Callable[[Tensor], Any]] = {"ms": model, "reference_ms": reference}
-    with torch.no_grad(), evaluating(model, reference):
+    with _one_thread(), torch.no_grad(), evaluating(model, reference):
         for turn in range(WARMUP + ROUNDS):
             for name, run in runs.items():
                 began = time.perf_counter()
@@ -39,3 +40,14 @@ def latency(model: nn.Module, reference: nn.Module, example: Tensor) -> dict[str
                     times[name].append(1e3 * (time.perf_counter() - began))
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {**medians, "ratio": medians["ms"] / medians["reference_ms"]}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Several wait for each other; on a machine that others use too, for minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
