@@ -199,6 +199,9 @@ def few_bits() -> Table:
     )
 
 
+_PERSISTENCE = {1.0: "there is one", 0.9: "nine times in ten", 0.0: "by chance"}
+
+
 def streams() -> Table:
     """Bytes moved per input of a stream within a budget."""
     rows = files.read_json(HERE / "benchmarks" / "deploy-stream.json")["stream"]
@@ -210,7 +213,7 @@ def streams() -> Table:
                 tuple(
                     (
                         row["system"],
-                        f"{row['persistence']:.0%}" if row["persistence"] else "by chance",
+                        _PERSISTENCE[row["persistence"]],
                         f"{row['measured_mb_per_input']:.1f}",
                         f"{row['simulated_mb_per_input']:.1f}",
                     )

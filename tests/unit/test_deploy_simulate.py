@@ -133,3 +133,14 @@ def test_a_stream_that_stays_moves_less_than_one_that_jumps(case):
     assert sum(streamed_bytes(package, budget, stay)) < 0.35 * sum(
         streamed_bytes(package, budget, jump)
     )
+
+
+def test_a_network_that_does_not_fit_is_not_read_anew_for_every_input(tmp_path):
+    spec = ResNetSpec(layers=(2, 2, 2, 2), planes=(32, 32, 32, 32), stem="cifar", classes=5)
+    package = pack(ResNet(spec).eval(), tmp_path / "dense", torch.zeros(1, 3, 8, 8))
+    sizes = [block.bytes for node in package.nodes.values() for block in node.blocks]
+    budget = sum(sizes) * 3 // 4
+    read = streamed_bytes(package, budget, ["root"] * 10)
+    assert read[0] == sum(sizes)
+    # What fits beside the largest block and the window stays.
+    assert max(read[2:]) <= sum(sizes) - (budget - 2 * max(sizes) - budget // 8)

@@ -29,6 +29,8 @@ from sigmabranch.deploy.slots import Slots
 from sigmabranch.errors import ConfigError, SigmaBranchError, StorageError
 
 Worth: TypeAlias = tuple[int, float, int]
+# Loading may always run ahead of computing by this part of the budget.
+_WINDOW = 8
 
 
 class _Status(Enum):
@@ -67,6 +69,7 @@ class Residency:
                 f"a budget of {budget:,} bytes is too small: this package needs at least {least:,}"
             )
         self.slots = Slots(budget)
+        self._window = budget // _WINDOW
         self._read: Counter[Segment] = Counter()
         self._changed = threading.Condition()
         self._held = {segment: _Held(rank) for rank, segment in enumerate(segments)}
@@ -223,6 +226,8 @@ class Residency:
     def _room_for(self, segment: Segment) -> mmap.mmap | None:
         """Memory for a segment, at the cost of what is worth less; None if there is none."""
         short = segment.bytes - self.slots.room
+        if short > 0 and self._better_later(segment):
+            return None
         victims: list[Segment] = []
         for victim in sorted(self._evictable(), key=self._worth):
             if short <= 0:
@@ -240,6 +245,20 @@ class Residency:
                 self._evict(victim)
         return self.slots.take(segment.bytes)
 
+    def _better_later(self, segment: Segment) -> bool:
+        """Whether what runs before ``segment`` is the first to go, once it has run.
+
+        Without this, a network that does not fit would be read anew for every input: what has just
+        run would always make room for what is needed next, and be gone when it is needed again.
+        """
+        if segment not in self._certain:
+            return False
+        before = self._certain[: self._certain.index(segment)]
+        ahead = {s for s in before if self._held[s].status is _Status.READY}
+        if sum(s.bytes for s in ahead) < self._window:
+            return False
+        return min(ahead.union(self._evictable()), key=self._next_worth) in ahead
+
     def _evictable(self) -> list[Segment]:
         return [
             segment
@@ -251,7 +270,11 @@ class Residency:
         """Of keeping a segment that is in memory."""
         if segment in self._certain:
             return 1, 0.0, -self._certain.index(segment)
-        return 0, self._next_probability.get(segment.node, 0.0), -self._held[segment].rank
+        return 0, *self._next_worth(segment)
+
+    def _next_worth(self, segment: Segment) -> tuple[float, int]:
+        """Of keeping a segment for the next input."""
+        return self._next_probability.get(segment.node, 0.0), -self._held[segment].rank
 
     def _is_worth_less(self, kept: Segment, wanted: Segment) -> bool:
         """Whether one segment may go for another; for a guess only if that is strictly likelier."""
