@@ -136,7 +136,7 @@ def test_a_stream_that_stays_moves_less_than_one_that_jumps(case):
 
 
 def test_a_network_that_does_not_fit_is_not_read_anew_for_every_input(tmp_path):
-    spec = ResNetSpec(layers=(2, 2, 2, 2), planes=(32, 32, 32, 32), stem="cifar", classes=5)
+    spec = ResNetSpec(layers=(4, 4, 4, 4), planes=(64, 64, 64, 64), stem="cifar", classes=5)
     package = pack(ResNet(spec).eval(), tmp_path / "dense", torch.zeros(1, 3, 8, 8))
     sizes = [block.bytes for node in package.nodes.values() for block in node.blocks]
     budget = sum(sizes) * 3 // 4
