@@ -257,7 +257,8 @@ class Residency:
         ahead = {s for s in before if self._held[s].status is _Status.READY}
         if sum(s.bytes for s in ahead) < self._window:
             return False
-        return min(ahead.union(self._evictable()), key=self._next_worth) in ahead
+        done = set(self._evictable()).difference(self._certain)
+        return min(ahead | done, key=self._next_worth) in ahead
 
     def _evictable(self) -> list[Segment]:
         return [
