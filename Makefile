@@ -2,7 +2,7 @@
 # make test: install, then run every check.
 # Both install once into .venv and work offline afterwards.
 # make test-exports: compiled engines, and the formats whose packages need environments of their own,
-# .venv-executorch and .venv-litert: about 4 GB of disk.
+# .venv-executorch and .venv-vela: about 4 GB of disk.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,10 +21,10 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/exports
 	@echo "left out: tests/exports, which takes gigabytes and minutes: make test-exports"
 
-test-exports: $(VENV)/.installed-test $(VENV)-executorch/.installed $(VENV)-litert/.installed
+test-exports: $(VENV)/.installed-test $(VENV)-executorch/.installed $(VENV)-vela/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/exports/test_aoti.py
 	OMP_NUM_THREADS=1 $(VENV)-executorch/bin/python -m pytest tests/exports/test_executorch.py
-	OMP_NUM_THREADS=1 $(VENV)-litert/bin/python -m pytest tests/exports/test_litert.py
+	OMP_NUM_THREADS=1 $(VENV)-vela/bin/python -m pytest tests/exports/test_litert.py tests/exports/test_vela.py
 
 $(VENV)-%/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
@@ -46,4 +46,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-executorch $(VENV)-litert build dist runs
+	rm -rf $(VENV) $(VENV)-executorch $(VENV)-vela build dist runs

@@ -271,6 +271,67 @@ def in_eight_bits() -> Table:
     )
 
 
+def by_vela() -> Table:
+    """What Arm's compiler says of the slowest path of each tree."""
+    paths = files.read_json(HERE / "benchmarks" / "vela.json")["paths"]
+    networks = {"cifar100-resnet50": "ResNet-50 at 32 px", "imagenet-resnet50": "at 224 px"}
+    ratios = ("ms", "weights", "off_chip", "our_bytes", "our_macs")
+    of_tree: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
+    for row in paths:
+        of_tree.setdefault((row["chip"], row["network"], row["trunk"]), []).append(row)
+
+    def line(network: str, trunk: float, rows: list[dict[str, Any]]) -> tuple[str, ...]:
+        dense = next(row for row in rows if row["path"] == "dense")
+        path = max((row for row in rows if row is not dense), key=lambda row: row["ms"])
+        return (
+            networks[network],
+            f"{trunk:g}",
+            *(f"{row['ms']:.2f}" for row in (dense, path)),
+            *(f"{path[f'dense_over_{name}']:.2f}" for name in ratios),
+        )
+
+    chips = dict.fromkeys(chip for chip, _, _ in of_tree)
+    return Table(
+        header=("", "trunk", "dense, ms", "path, ms", "dense / path", "weights", "off-chip bytes",
+                "our bytes", "our MACs"),
+        groups=tuple(
+            (
+                f"Ethos-{chip.upper()}",
+                tuple(line(name, trunk, rows) for (of, name, trunk), rows in of_tree.items()
+                      if of == chip),
+            )
+            for chip in chips
+        ),
+    )  # fmt: skip
+
+
+def slimmer_trunks() -> Table:
+    """Trees whose trunks have fewer channels, on storage."""
+    rows = files.read_json(HERE / "benchmarks" / "deploy-trunk.json")["latency"]
+    rates = dict.fromkeys(row["mb_per_s"] for row in rows)
+
+    def line(row: Mapping[str, Any]) -> tuple[str, ...]:
+        return (
+            row["system"],
+            f"{row['path_gmacs']:.2f}",
+            f"{row['path_mb']:.1f}",
+            f"{row['compute_ms']:,.0f}",
+            f"{row['ms']:,.0f}",
+            f"{row['dense_over']:.2f}",
+        )
+
+    return Table(
+        header=("", "G MACs", "MB", "computing, ms", "ms", "dense / it"),
+        groups=tuple(
+            (
+                f"{rate} MB/s" if rate != "unlimited" else "as fast as the disk is",
+                tuple(line(row) for row in rows if row["mb_per_s"] == rate),
+            )
+            for rate in rates
+        ),
+    )
+
+
 TABLES: Mapping[str, Callable[[], Table]] = {
     "cifar100-small": cifar100_small,
     "digits": partial(demo, "digits-resnet"),
@@ -280,6 +341,8 @@ TABLES: Mapping[str, Callable[[], Table]] = {
     "deploy-int8": in_eight_bits,
     "deploy-latency": streaming,
     "deploy-stream": streams,
+    "deploy-trunk": slimmer_trunks,
+    "deploy-vela": by_vela,
     "main": main_of_the_paper,
     "quantize": few_bits,
     "modelnet40-cpu": modelnet40_on_a_cpu,
