@@ -126,15 +126,14 @@ def test_an_epoch_entered_at_any_step_continues_bit_for_bit() -> None:
             assert torch.equal(y, expected_y)
 
 
-@pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize(("batch_size", "world_size"), [(4, 2), (5, 2), (7, 3), (10, 4)])
 def test_the_shares_of_a_step_are_its_samples_whatever_the_number_of_processes(
-    batch_size: int, world_size: int, drop_last: bool
+    batch_size: int, world_size: int
 ) -> None:
     split = numbered_split(51)
-    whole = list(EpochBatches(split, batch_size, 0, drop_last=drop_last).epoch(2))
+    whole = list(EpochBatches(split, batch_size, 0).epoch(2))
     ranks = [
-        list(EpochBatches(split, batch_size, 0, rank, world_size, drop_last=drop_last).epoch(2))
+        list(EpochBatches(split, batch_size, 0, rank, world_size).epoch(2))
         for rank in range(world_size)
     ]
     for joint, *shares in zip(whole, *ranks, strict=True):
@@ -166,7 +165,6 @@ def test_data_are_known_by_number_and_labels() -> None:
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": 4, "rank": 2, "world_size": 2}, "rank 2"),
         ({"batch_size": 4, "rank": 2, "world_size": 5}, "without a sample"),
-        ({"batch_size": 54, "drop_last": True}, "smaller batch_size"),
     ],
 )
 def test_impossible_batches_are_refused(fields: dict[str, int], named: str) -> None:

@@ -60,11 +60,9 @@ class EpochBatches:
         rank: number of this process.
         world_size: number of processes.
         augment: augment, anew in each epoch.
-        drop_last: leave out a last batch smaller than ``batch_size``.
 
     Raises:
-        ConfigError: sizes out of range, fewer samples a step than processes, or not one full batch
-            with ``drop_last``.
+        ConfigError: sizes out of range, fewer samples a step than processes, or no sample.
     """
 
     split: Split
@@ -73,7 +71,6 @@ class EpochBatches:
     rank: int = 0
     world_size: int = 1
     augment: bool = True
-    drop_last: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -86,15 +83,10 @@ class EpochBatches:
                 "without a sample; use fewer processes or a larger batch_size"
             )
         if len(self) == 0:
-            raise ConfigError(
-                f"{len(self.split)} samples do not fill one batch of {self.batch_size}; "
-                "use a smaller batch_size or more samples"
-            )
+            raise ConfigError("there are no samples: check the data and their limit")
 
     def __len__(self) -> int:
         """Steps in an epoch."""
-        if self.drop_last:
-            return len(self.split) // self.batch_size
         return math.ceil(len(self.split) / self.batch_size)
 
     @property
@@ -122,5 +114,5 @@ class EpochBatches:
         """int64 sample numbers of this process in epoch ``number``."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, number, _ORDER))
         order = torch.randperm(len(self.split), generator=generator)
-        steps = order.split(self.batch_size)[: len(self)]
+        steps = order.split(self.batch_size)
         return torch.cat([own_rows(rows, self.rank, self.world_size) for rows in steps])
