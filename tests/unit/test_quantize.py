@@ -82,7 +82,7 @@ def test_a_path_that_is_known_early_is_read_ahead(dense, batches, tmp_path):
     with OnnxPath(tmp_path) as path:
         runs = path.runs(x[:1].numpy())
         assert [next(runs).key, next(runs).key] == ["decide", "root"]
-        path._sessions._thread.submit(int).result()  # all that was asked for has been read
+        path._sessions._reader.submit(int).result()  # all that was asked for has been read
         read = path._sessions.read()
         assert len(read) == 3
         assert next(runs).key in read

@@ -1,7 +1,8 @@
-"""ONNX Runtime sessions of nodes, made ahead of their use by one thread, within a byte budget.
+"""ONNX Runtime sessions of nodes, made ahead of their use, within a byte budget.
 
 ONNX Runtime makes a session of a whole file, so a node is what is read, kept and let go of. It
-copies the weights while it does; what is read into is free again then.
+copies the weights while it does; what is read into is free again then. One thread reads, another
+checks and makes sessions of what has been read, so that storage does not wait for that.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import hashlib
 import mmap
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,6 +44,19 @@ class NodeFiles:
     def bytes(self) -> int:
         """What making its session reads."""
         return sum(entry["bytes"] for entry in self.listed.values())
+
+
+class _Opening(NamedTuple):
+    """A session on its way."""
+
+    read: Future[dict[str, memoryview]]
+    made: Future[onnxruntime.InferenceSession]
+
+    def end(self) -> None:
+        """Come to an end, for its bytes count until then."""
+        for future in self:
+            if not future.cancel():
+                wait([future])
 
 
 class Sessions:
@@ -85,8 +99,9 @@ class Sessions:
             )
         self.peak_bytes = 0
         self._read_since: dict[str, int] = {}
-        self._open: OrderedDict[str, Future[onnxruntime.InferenceSession]] = OrderedDict()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sigmabranch-onnx")
+        self._open: OrderedDict[str, _Opening] = OrderedDict()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="sigmabranch-reads")
+        self._maker = ThreadPoolExecutor(1, thread_name_prefix="sigmabranch-makes")
 
     def ahead(self, keys: Sequence[str]) -> None:
         """Make the sessions of nodes that will run in this order, as far as they fit together."""
@@ -108,7 +123,7 @@ class Sessions:
             self._make_room(self._nodes[key].bytes, keep=())
             self._begin(key)
         try:
-            return self._open[key].result()
+            return self._open[key].made.result()
         except Exception:
             del self._open[key]
             raise
@@ -123,8 +138,9 @@ class Sessions:
         self._make_room(self.budget, keep=())
 
     def close(self) -> None:
-        """End the thread; a second time does nothing."""
-        self._thread.shutdown(cancel_futures=True)
+        """End the threads; a second time does nothing."""
+        for thread in (self._reader, self._maker):
+            thread.shutdown(cancel_futures=True)
         self._open.clear()
 
     @property
@@ -132,7 +148,8 @@ class Sessions:
         return sum(self._nodes[key].bytes for key in self._open)
 
     def _begin(self, key: str) -> None:
-        self._open[key] = self._thread.submit(self._made, key)
+        read = self._reader.submit(self._contents, key)
+        self._open[key] = _Opening(read, self._maker.submit(self._made, key, read))
         self.peak_bytes = max(self.peak_bytes, self._used)
 
     def _make_room(self, size: int, keep: Sequence[str]) -> None:
@@ -140,41 +157,44 @@ class Sessions:
         for key in [key for key in self._open if key not in keep]:
             if self._used + size <= self.budget:
                 return
-            future = self._open[key]
-            if not future.cancel():
-                future.exception()  # its bytes count until it has ended
+            self._open[key].end()
             del self._open[key]
 
-    def _made(self, key: str) -> onnxruntime.InferenceSession:
+    def _contents(self, key: str) -> dict[str, memoryview]:
+        """What a node's files hold."""
         node = self._nodes[key]
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.log_severity_level = 3
-        content = {name: self._content(name, entry) for name, entry in node.listed.items()}
+        contents = {
+            name: self._content(name, entry["bytes"]) for name, entry in node.listed.items()
+        }
         self._read_since[key] = node.bytes
-        graph = bytes(content.pop(node.graph))
-        filled = {name: np.frombuffer(data, np.uint8) for name, data in content.items() if data}
-        options.add_external_initializers_from_files_in_memory(
-            [*filled], [*filled.values()], [len(data) for data in filled.values()]
-        )
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return contents
 
-    def _content(self, name: str, entry: Mapping[str, Any]) -> memoryview:
-        """What a file holds, as it was written."""
-        size = entry["bytes"]
+    def _content(self, name: str, size: int) -> memoryview:
         if size == 0:
             return memoryview(b"")
-        memory = memoryview(mmap.mmap(-1, -(-size // PAGE) * PAGE))
+        memory = memoryview(mmap.mmap(-1, -(-size // PAGE) * PAGE))[:size]
         # A direct read must end at a page.
         direct = self._direct and size % PAGE == 0
         self._throttle.began()
         with closing(NodeFile(self._folder / name, direct=direct)) as file:
-            for count in file.read(
-                0, memory[:size], request_bytes(self._throttle.bytes_per_second)
-            ):
+            for count in file.read(0, memory, request_bytes(self._throttle.bytes_per_second)):
                 self._throttle.took(count)
-        if hashlib.sha256(memory[:size]).hexdigest() != entry["sha256"]:
-            raise StorageError(
-                f"{self._folder / name} is damaged or has been changed: copy it again"
-            )
-        return memory[:size]
+        return memory
+
+    def _made(self, key: str, read: Future[dict[str, memoryview]]) -> onnxruntime.InferenceSession:
+        """The session of what has been read, if that is what was written."""
+        node, contents = self._nodes[key], read.result()
+        for name, content in contents.items():
+            if hashlib.sha256(content).hexdigest() != node.listed[name]["sha256"]:
+                raise StorageError(
+                    f"{self._folder / name} is damaged or has been changed: copy it again"
+                )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        graph = bytes(contents.pop(node.graph))
+        filled = {name: np.frombuffer(data, np.uint8) for name, data in contents.items() if data}
+        options.add_external_initializers_from_files_in_memory(
+            [*filled], [*filled.values()], [len(data) for data in filled.values()]
+        )
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
