@@ -8,7 +8,7 @@ turns; a round is one input for each.
 cold     nothing is in memory
 pinned   the first 6.1 MB are, on every side: the trunk of the tree
 bytes    the operating system's count of what this process read from storage
-model    what the simulator says for the same input, from its measured computing time
+model    what the simulator says for the same path, from its measured computing time
 
     python -m benchmarks.deploy            25 MB/s to what the disk gives; twenty minutes
     python -m benchmarks.deploy --quick    a small network, slow storage; a minute
@@ -42,7 +42,7 @@ from sigmabranch.tasks import Task, find_task, ordered
 
 MB = 10**6
 LEARNED, MEASURED = 100, 300  # inputs of a stream, before and while bytes are counted
-PARTS = ("bytes", "latency", "stream", "memory")
+PARTS = ("bytes", "latency", "model", "stream", "memory")
 DENSE, PRUNED, PATH, EARLY = "dense", "fpgm-40", "path", "path, early decision"
 
 
@@ -99,6 +99,7 @@ def main() -> None:
         measure: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
             "bytes": lambda: cold_bytes(systems, inputs),
             "latency": lambda: latencies(setting, systems, inputs, options.rounds),
+            "model": lambda: modelled(setting, systems, inputs, options.rounds),
             "stream": lambda: streams(setting, systems, inputs),
             "memory": lambda: [memory(setting, systems, inputs)],
         }
@@ -205,11 +206,6 @@ def _turns(
     for name, runs in traces.items():
         ratios = [a.total_ms / b.total_ms for a, b in zip(traces[DENSE], runs, strict=True)]
         pruned = [a.total_ms / b.total_ms for a, b in zip(traces[PRUNED], runs, strict=True)]
-        modelled = [
-            _model_ms(setting, runtimes[name], trace, rate, pinned) / trace.total_ms
-            for trace in runs
-            if rate is not None and not trace.wasted_bytes  # the model guesses nothing
-        ]
         yield {
             "mb_per_s": rate or "unlimited",
             "memory": pinned,
@@ -221,22 +217,48 @@ def _turns(
             "wasted_mb": statistics.mean(trace.wasted_bytes for trace in runs) / MB,
             "dense_over": statistics.median(ratios),
             "pruned_over": statistics.median(pruned),
-            "model_over": statistics.median(modelled) if modelled else None,
         }
 
 
-def _model_ms(setting: Setting, runtime: Runtime, trace: Trace, rate: int, pinned: str) -> float:
+def modelled(
+    setting: Setting, systems: Sequence[System], inputs: Tensor, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """What the simulator says beside what is measured, nothing guessed on either side."""
+    checked = checking_rate()
+    for rate in filter(None, setting.rates):
+        storage = Storage(bytes_per_second=rate * MB, checked_per_second=checked)
+        for system in systems:
+            with system.open(bytes_per_second=rate * MB, prefetch=False) as runtime:
+                runtime.predict(inputs[0])
+                for memory, kept in (("cold", 0), ("pinned", byte_count(setting.pinned))):
+                    ratios, measured = [], []
+                    for x in inputs[:rounds]:
+                        runtime.forget(keep=kept)
+                        trace = runtime.predict(x).trace
+                        measured.append(trace.total_ms)
+                        ratios.append(_model_ms(runtime, trace, storage, kept) / trace.total_ms)
+                    yield {
+                        "mb_per_s": rate,
+                        "memory": memory,
+                        "system": system.name,
+                        "ms": statistics.median(measured),
+                        "model_over": statistics.median(ratios),
+                    }
+
+
+def _model_ms(runtime: Runtime, trace: Trace, storage: Storage, kept: int) -> float:
     """The simulator's time for the same path, each node computing as long as it did."""
     package = runtime.package
-    computed = {node.node: node.compute_ms / 1e3 for node in trace.nodes}
-    segments = {node.key: len(node.blocks) for node in package.path(trace.leaf)}
+    seconds = {
+        entry.node: entry.compute_ms / 1e3 / sum(block.macs for block in node.blocks)
+        for entry, node in zip(trace.nodes, package.path(trace.leaf), strict=True)
+    }
     steps = path_steps(
         package,
         trace.leaf,
-        lambda segment: computed[segment.node] / segments[segment.node],
-        resident_bytes=0 if pinned == "cold" else byte_count(setting.pinned),
+        lambda segment: segment.macs * seconds[segment.node],
+        resident_bytes=kept,
     )
-    storage = Storage(bytes_per_second=rate * MB, checked_per_second=checking_rate())
     return 1e3 * latency(steps, storage)
 
 
