@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 
 # Loaded here so that no fork has to.
 import lightning_fabric  # noqa: F401
@@ -18,6 +19,10 @@ import sklearn.datasets  # noqa: F401
 import torch._dynamo  # noqa: F401
 
 from sigmabranch.cli import main
+
+with suppress(ImportError):
+    import onnxruntime  # noqa: F401
+    import onnxscript  # noqa: F401
 
 
 def run(arguments: list[str], cwd: str) -> tuple[int, str, str]:

@@ -87,11 +87,12 @@ def test_predict_gives_what_the_network_says_and_a_trace(shell, folder, packed):
     assert first["top"][0]["class"] in text.out and f"leaf {first['leaf']}" in text.out
 
 
-def test_onnx_nodes_say_what_the_package_says(shell, folder, packed):
+def test_onnx_nodes_say_what_the_package_says(shell, task, tmp_path):
     pytest.importorskip("onnxscript")
-    path, _ = packed
-    nodes = folder / "nodes"
-    done = shell.run("export", folder / "net", "--format", "onnx-nodes", "--out", nodes)
+    saved(task.with_settings(["tree.depth=1"]), tmp_path)
+    path, nodes = tmp_path / "package", tmp_path / "nodes"
+    assert shell.run("pack", tmp_path / "net", "--out", path).code == 0
+    done = shell.run("export", tmp_path / "net", "--format", "onnx-nodes", "--out", nodes)
     assert done.code == 0, done.err
     samples = ("--sample", 0, "--sample", 1, "--json")
     done = shell.run("predict", nodes, "--engine", "onnx", *samples)
