@@ -65,18 +65,21 @@ def command(
         export_net(
             load_net(net), folder / "fp32", samples[:COMPARED], format="onnx-nodes", notes=notes
         )
-        rows = [_row("fp32", OnnxPath(folder / "fp32"), dataset.test, None)]
+        with OnnxPath(folder / "fp32") as path:
+            rows = [_row("fp32", path, dataset.test, None)]
         for count in sorted({*(bits or [8]), *([8, 4] if limit else [])}, reverse=True):
             name = f"int{count}"
             screen.say(f"{folder}: {name}")
             quantize_nodes(folder / "fp32", folder / name, samples, bits=count)
-            rows.append(_row(name, OnnxPath(folder / name), dataset.test, rows[0]["leaf"]))
+            with OnnxPath(folder / name) as path:
+                rows.append(_row(name, path, dataset.test, rows[0]["leaf"]))
         if limit is not None:
             screen.say(f"{folder}: mixed")
             eight, four = folder / "int8", folder / "int4"
             placed = place_bits(eight, four, samples[:SENSED], total=limit)
             mix_nodes({8: eight, 4: four}, placed, folder / "mixed")
-            row = _row("mixed", OnnxPath(folder / "mixed"), dataset.test, rows[0]["leaf"])
+            with OnnxPath(folder / "mixed") as path:
+                row = _row("mixed", path, dataset.test, rows[0]["leaf"])
             rows.append({**row, "bits": placed})
     for row in rows:
         del row["leaf"]
