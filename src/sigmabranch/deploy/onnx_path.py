@@ -9,8 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from torch import Tensor
 from sigmabranch import files
 from sigmabranch.archive import MANIFEST, check_file, check_schema
 from sigmabranch.deploy.checks import checked_input, checked_logits
+from sigmabranch.deploy.closing import Closing
 from sigmabranch.deploy.export.nodes import DECIDE, SCHEMA
 from sigmabranch.deploy.onnx_sessions import NodeFiles, Sessions
 from sigmabranch.deploy.package import ancestry, child
@@ -47,7 +47,7 @@ class NodeRun(NamedTuple):
     outputs: Mapping[str, Array]
 
 
-class OnnxPath:
+class OnnxPath(Closing):
     """Runs single inputs through the nodes that ``sigmabranch export --format onnx-nodes`` wrote.
 
     Where the tree decides early, the nodes of the path are read while those before them compute;
@@ -151,19 +151,8 @@ class OnnxPath:
         self._sessions.forget()
 
     def close(self) -> None:
-        """End the thread that reads; a second time does nothing."""
+        """End the threads that read and make sessions; a second time does nothing."""
         self._sessions.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def runs(self, x: Array, trace: Trace | None = None) -> Iterator[NodeRun]:
         """Run one input, yielding node after node of its path.

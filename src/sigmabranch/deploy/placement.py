@@ -88,10 +88,10 @@ def mix_nodes(
 
 def _harm(eight: Path, four: Path, samples: Tensor) -> dict[str, float]:
     """How far four bits in one node alone move the answers."""
-    expected = _answers(eight, samples)
+    expected, keys = _answers(eight, samples), [*read_nodes(eight)["nodes"]]
     harm = {}
-    for key in read_nodes(eight)["nodes"]:
-        bits = {other: 4 if other == key else 8 for other in read_nodes(eight)["nodes"]}
+    for key in keys:
+        bits = {**dict.fromkeys(keys, 8), key: 4}
         with tempfile.TemporaryDirectory() as folder:
             mix_nodes({8: eight, 4: four}, bits, folder)
             found = _answers(Path(folder), samples)

@@ -6,13 +6,13 @@ import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from torch import Tensor, nn
 
 from sigmabranch.backbones import Backbone
 from sigmabranch.deploy.checks import checked_input, checked_logits
+from sigmabranch.deploy.closing import Closing
 from sigmabranch.deploy.engines import Engine, find_engine
 from sigmabranch.deploy.loader import Loader
 from sigmabranch.deploy.package import Package, child
@@ -40,7 +40,7 @@ class Prediction(NamedTuple):
     trace: Trace
 
 
-class Runtime:
+class Runtime(Closing):
     """A package that is open for predictions; make it with :meth:`open`, close it after use.
 
     Predictions may come from several threads; they are made one after the other.
@@ -160,17 +160,6 @@ class Runtime:
     def close(self) -> None:
         """End the loader and close the files; a second time does nothing."""
         self._closing.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _walk(self, x: Tensor, trace: Trace) -> Tensor:
         """Run the segments of the path in order; each router extends it."""
