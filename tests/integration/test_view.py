@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sysconfig
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from chromium import CHROMIUM, opened
 from conftest import randomise
 from sigmabranch.data import open_data
 from sigmabranch.deploy import Package, Runtime, pack
@@ -37,7 +37,6 @@ pytestmark = pytest.mark.skipif(
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "sigmabranch"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 TIMEOUT = 60
 NAMES = [f"class {number}" for number in range(100)]
 
@@ -200,19 +199,8 @@ def test_only_our_own_page_makes_the_networks_run(port):
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_a_browser_shows_the_answer(port, tmp_path):
     told = ask(port, "POST", "/samples/5").json
-    done = subprocess.run(
-        [
-            *(CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"),
-            *("--disable-background-networking", "--disable-dev-shm-usage"),
-            *(f"--user-data-dir={tmp_path}", "--virtual-time-budget=60000", "--dump-dom"),
-            f"http://127.0.0.1:{port}/?sample=5",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=TIMEOUT,
-    )
-    page = done.stdout
+    with opened(f"http://127.0.0.1:{port}/?sample=5", tmp_path) as browser:
+        page = browser.content(until="Sample 5. Branched: ", seconds=TIMEOUT)
     branched, _ = told["networks"]
     assert f"Answer of leaf {branched['leaf']}" in page
     assert f"True class: {told['input']['truth']}" in page
