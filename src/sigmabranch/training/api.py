@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sigmabranch.conversion import class_targets
+from sigmabranch.conversion.shards import Loader
 from sigmabranch.coupling import fingerprint
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.training.batches import LoaderBatches
@@ -20,8 +21,6 @@ from sigmabranch.training.engine import FabricEngine
 from sigmabranch.training.loop import FitResult, fit
 from sigmabranch.training.objectives import BranchedObjective, DenseObjective, Objective
 from sigmabranch.training.recipe import FinetuneRecipe, Recipe
-
-Loader = Iterable[Sequence[Tensor]]
 
 
 def train(
@@ -32,12 +31,14 @@ def train(
     Args:
         model: (B, ...) → (B, V) logits.
         loader: sized iterable of (inputs, labels), such as a ``DataLoader``; each batch is an
-            optimizer step. Several processes all get the same loader and share every batch.
+            optimizer step. Several processes all get the same loader and share every batch. It may
+            give inputs alone where there is a teacher and ``recipe.distill_weight`` is 1.
         recipe: how; the paper's CIFAR-100 setting if None.
         options: ``folder`` (for checkpoints and metrics.csv: the same call continues a stopped
-            run; without it nothing is kept), ``device``, ``teacher``, and ``accumulate``, ``seed``,
-            ``evaluate``, ``progress``, ``max_minutes``, ``resume`` of
-            :func:`~sigmabranch.training.loop.fit`, which also lists the errors raised.
+            run; without it nothing is kept), ``device``, ``teacher``, ``labels`` (False ignores
+            those that the loader gives), and ``accumulate``, ``seed``, ``evaluate``, ``progress``,
+            ``max_minutes``, ``resume`` of :func:`~sigmabranch.training.loop.fit`, which also lists
+            the errors raised.
     """
     recipe = recipe or Recipe()
     objective = DenseObjective(recipe, options.pop("teacher", None))
@@ -54,7 +55,8 @@ def finetune(
         loader: as for :func:`train`.
         recipe: how; the paper's setting if None.
         options: as for :func:`train`; ``teacher`` is the dense network that the leaves imitate
-            when ``recipe.distill_weight`` is set.
+            when ``recipe.distill_weight`` is set. Without labels they do nothing else, and its
+            distribution takes the label's place in equation 6; label smoothing is then unused.
     """
     recipe = recipe or FinetuneRecipe()
     objective = BranchedObjective(recipe, options.pop("teacher", None), class_targets(net.record))
@@ -70,11 +72,12 @@ def _fit(
     folder: Path | str | None = None,
     device: str = "auto",
     seed: int = 0,
+    labels: bool = True,
     evaluate: Callable[[Any], Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> FitResult:
     engine = FabricEngine(device)
-    batches = LoaderBatches(loader, engine.device, seed=seed, shards=engine.shards)
+    batches = LoaderBatches(loader, engine.device, seed=seed, shards=engine.shards, labels=labels)
     with TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         return fit(
             model,
@@ -84,7 +87,7 @@ def _fit(
             folder=place,
             engine=engine,
             seed=seed,
-            identity=_network_identity(model),
+            identity=_network_identity(model) | ({} if labels else {"labels": "ignored"}),
             evaluate=evaluate,
             **options,
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from sigmabranch.conversion import Shards
+from sigmabranch.conversion.calibrate import as_pair, has_labels
 from sigmabranch.data import Share, derive_seed, own_rows
 from sigmabranch.errors import DataError
 
@@ -36,7 +37,10 @@ class Batches(Protocol):
 
 
 class LoaderBatches:
-    """Steps from any sized iterable of (x, y) pairs, such as a ``DataLoader``: one for each batch.
+    """Steps from any sized iterable of batches, such as a ``DataLoader``: one for each.
+
+    A batch is a pair (x, y), or x alone; :func:`~sigmabranch.conversion.calibrate.has_labels` then
+    says no to the labels of its share.
 
     The loader's own generator, if it has one, is seeded at each epoch and the global one there
     and before each batch, so that shuffling and augmentation are the same after a resume and in
@@ -44,10 +48,11 @@ class LoaderBatches:
     rows of every batch.
 
     Args:
-        loader: yields (x, y); its length is the number of batches.
+        loader: yields batches; its length is their number.
         device: where the batches go.
         seed: of the shuffling.
         shards: the processes that share the work.
+        labels: False drops those that the loader gives.
 
     Raises:
         DataError: a loader without length or batches, or one that shares out its data itself.
@@ -60,6 +65,7 @@ class LoaderBatches:
         *,
         seed: int = 0,
         shards: Shards = Shards(),
+        labels: bool = True,
     ) -> None:
         if not isinstance(loader, Sized) or not len(loader):
             raise DataError("the training loader must have a length of at least one batch")
@@ -68,6 +74,7 @@ class LoaderBatches:
             raise DataError(f"the training loader has a DistributedSampler: {_ONE_LOADER}")
         self.loader: Any = loader
         self.device, self.seed, self.shards = torch.device(device), seed, shards
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -76,7 +83,7 @@ class LoaderBatches:
     def batch_size(self) -> int:
         """Samples of a batch, as the loader says or its first batch shows."""
         size = getattr(self.loader, "batch_size", None)
-        return size if isinstance(size, int) else len(next(iter(self.loader))[1])
+        return size if isinstance(size, int) else len(as_pair(next(iter(self.loader)))[0])
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -93,25 +100,31 @@ class LoaderBatches:
         if set_epoch is not None:
             set_epoch(number)
         torch.manual_seed(derive_seed(self.seed, number))
-        pairs = iter(self.loader)
+        batches = iter(self.loader)
         for index in range(len(self)):
             torch.manual_seed(derive_seed(self.seed, number, index))
-            pair = next(pairs, None)
-            if pair is None:
+            batch = next(batches, None)
+            if batch is None:
                 raise DataError(f"the loader ended after {index} of {len(self)} batches")
             if index >= start:
-                x, y = pair
+                x, y = as_pair(batch if self.labels else _inputs(batch))
                 if index == start:
-                    self._check_same(y)
+                    self._check_same(y if has_labels(y) else x)
                 yield Share(self._own(x), self._own(y), len(y))
 
     def _own(self, rows: Tensor) -> Tensor:
         mine = own_rows(rows, self.shards.rank, self.shards.world)
         return mine.to(self.device, non_blocking=True)
 
-    def _check_same(self, y: Tensor) -> None:
+    def _check_same(self, rows: Tensor) -> None:
         """Raise :class:`DataError` in every process if their loaders differ in this batch."""
-        digest = hashlib.sha256(y.cpu().contiguous().numpy().tobytes()).digest()
+        content = rows.cpu().contiguous().flatten().view(torch.uint8)
+        digest = hashlib.sha256(content.numpy().tobytes()).digest()
         mine = torch.tensor(int.from_bytes(digest[:4], "little"), device=self.device)
         if len(self.shards.by_rank(mine).unique()) > 1:
             raise DataError(f"the processes' loaders yield different batches: {_ONE_LOADER}")
+
+
+def _inputs(batch: Any) -> Any:
+    """A pair without its labels."""
+    return batch[0] if isinstance(batch, tuple | list) and len(batch) == 2 else batch

@@ -32,7 +32,7 @@ class LossTerms(NamedTuple):
 
     Attributes:
         total: the scalar to minimise.
-        cls: eq. 5, scalar.
+        cls: eq. 5, scalar; None without labels.
         resp: eq. 7, scalar.
         balance: :func:`balance`, scalar; None when its weight is 0.
         distill: the distillation loss weighted by P, scalar; None without a teacher.
@@ -41,7 +41,7 @@ class LossTerms(NamedTuple):
     """
 
     total: Tensor
-    cls: Tensor
+    cls: Tensor | None
     resp: Tensor
     balance: Tensor | None
     distill: Tensor | None
@@ -51,7 +51,7 @@ class LossTerms(NamedTuple):
 
 def branched_loss(
     soft: tuple[Tensor, ...],
-    y: Tensor,
+    y: Tensor | None,
     recipe: FinetuneRecipe,
     *,
     progress: float = 0.0,
@@ -65,15 +65,20 @@ def branched_loss(
     (1 − α) · L_cls + α · E_x Σ_j P_j · T² · KL(teacher_T ‖ leaf_j,T): every leaf imitates the
     teacher in proportion to its path probability, as it learns the label.
 
+    Without labels that imitation is all of the classification term, and the teacher's distribution
+    t(x) takes the label's place in eq. 6: CE_j becomes Σ_v t_v · −log f_j,v, or, which gives the
+    same r_j, KL(t ‖ f_j). A teacher that is certain is a label.
+
     Args:
         soft: leaf logits (B, L, V) and leaf log-probabilities (B, L) first, as
             ``SigmaBranchNet.soft`` returns them.
-        y: true classes, (B,) int64.
+        y: true classes, (B,) int64; None if there are none, which takes a teacher.
         recipe: weights, temperatures and switches.
         progress: share of the training done, in [0, 1], for the schedules of λ and τ.
         class_leaf: (V, L) rows that sum to one: the responsibility of each class when
             ``recipe.class_target`` is on.
-        teacher_logits: (B, V) of the dense network, used when ``recipe.distill_weight`` > 0.
+        teacher_logits: (B, V) of the dense network, used when ``recipe.distill_weight`` > 0, and
+            without labels.
         global_mean: turns a mean over this process's samples into that over all processes'; None
             with a single process.
 
@@ -86,13 +91,14 @@ def branched_loss(
     if progress < recipe.share_first:
         weight_BL = (prob_BL - 1 / prob_BL.shape[1]) * (progress / recipe.share_first)
         weight_BL = weight_BL + 1 / prob_BL.shape[1]
-    plain_BL, smoothed_BL = cross_entropies(logits_BLV, y, recipe.label_smoothing)
-
-    cls = expectation(weight_BL, smoothed_BL)
+    cls = distill = None
+    if y is not None:
+        plain_BL, smoothed_BL = cross_entropies(logits_BLV, y, recipe.label_smoothing)
+        total = cls = expectation(weight_BL, smoothed_BL)
+    else:
+        plain_BL = _imitated(logits_BLV, teacher_logits, 1.0)
     if recipe.class_target:
-        if class_leaf is None:
-            raise ValueError("class_target needs class_leaf, the leaf shares of each class")
-        target_BL = class_leaf[y].float()
+        target_BL = _class_target(class_leaf, y, teacher_logits)
     else:
         target_BL = responsibility(
             plain_BL,
@@ -100,13 +106,11 @@ def branched_loss(
             prior=log_prob_BL if recipe.resp_prior else None,
         )
     resp = -expectation(target_BL, log_prob_BL)
-    total = cls
 
-    distill = None
-    if recipe.distill_weight and teacher_logits is not None:
-        kl_BL = distillation(logits_BLV, teacher_logits.unsqueeze(1), recipe.distill_temperature)
+    if cls is None or (recipe.distill_weight and teacher_logits is not None):
+        kl_BL = _imitated(logits_BLV, teacher_logits, recipe.distill_temperature)
         distill = expectation(weight_BL, kl_BL)
-        total = torch.lerp(cls, distill, recipe.distill_weight)
+        total = distill if cls is None else torch.lerp(cls, distill, recipe.distill_weight)
     total = total + recipe.resp_weight_at(progress) * resp
     even = None
     if recipe.balance_weight:
@@ -129,6 +133,27 @@ def cross_entropies(logits: Tensor, y: Tensor, label_smoothing: float) -> tuple[
     if not label_smoothing:
         return plain_BL, plain_BL
     return plain_BL, torch.lerp(plain_BL, -log_class_BLV.mean(-1), label_smoothing)
+
+
+def _imitated(logits_BLV: Tensor, teacher_logits: Tensor | None, temperature: float) -> Tensor:
+    """How far every leaf is from the teacher, (B, L)."""
+    if teacher_logits is None:
+        raise ValueError("a batch without labels needs teacher_logits")
+    return distillation(logits_BLV, teacher_logits.unsqueeze(1), temperature)
+
+
+def _class_target(
+    class_leaf: Tensor | None, y: Tensor | None, teacher_logits: Tensor | None
+) -> Tensor:
+    """The leaf shares of the label, or those that the teacher expects: (B, L)."""
+    if class_leaf is None:
+        raise ValueError("class_target needs class_leaf, the leaf shares of each class")
+    if y is not None:
+        return class_leaf[y].float()
+    assert teacher_logits is not None
+    teacher_BV = teacher_logits.detach().float().softmax(dim=-1)
+    # Not a matrix product, which autocast would run in half precision.
+    return (teacher_BV[..., None] * class_leaf).sum(dim=1)
 
 
 def responsibility(ce: Tensor, temperature: float, prior: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sigmabranch.conversion.calibrate import has_labels
 from sigmabranch.errors import ConfigError, DataError
 from sigmabranch.training.engine import Engine
 from sigmabranch.training.losses import branched_loss, distillation
@@ -33,7 +34,10 @@ class StepOutput(NamedTuple):
 
 
 class Objective(Protocol):
-    """Turns a batch into a loss; ``entry`` names the method of the model that it calls."""
+    """Turns a batch into a loss; ``entry`` names the method of the model that it calls.
+
+    Labels of a batch that has none are as :func:`~sigmabranch.conversion.calibrate.as_pair` says.
+    """
 
     entry: str
 
@@ -45,7 +49,7 @@ class Objective(Protocol):
 
 
 class DenseObjective:
-    """Cross-entropy of a plain network, optionally mixed with imitation of a teacher.
+    """Cross-entropy of a plain network, mixed with imitation of a teacher, or that alone.
 
     Args:
         recipe: label smoothing and distillation.
@@ -71,14 +75,20 @@ class DenseObjective:
     def classified(self, logits: Tensor, x: Tensor, y: Tensor) -> StepOutput:
         """The same for logits (B, V) that are there, of a network that gives more than these."""
         logits_BV = logits.float()
+        if not has_labels(y):
+            _check_imitation_alone(self.recipe)
+            return StepOutput(self._imitation(logits_BV, x), {})
         check_labels(y, logits_BV.shape[-1])
         loss = F.cross_entropy(logits_BV, y, label_smoothing=self.recipe.label_smoothing)
         if self.teacher is not None:
-            with torch.no_grad():
-                teacher_BV = self.teacher(x)
-            imitation = distillation(logits_BV, teacher_BV, self.recipe.distill_temperature).mean()
-            loss = torch.lerp(loss, imitation, self.recipe.distill_weight)
+            loss = torch.lerp(loss, self._imitation(logits_BV, x), self.recipe.distill_weight)
         return StepOutput(loss, {"train_top1": percent(logits_BV.argmax(1) == y)})
+
+    def _imitation(self, logits_BV: Tensor, x: Tensor) -> Tensor:
+        assert self.teacher is not None
+        with torch.no_grad():
+            teacher_BV = self.teacher(x)
+        return distillation(logits_BV, teacher_BV, self.recipe.distill_temperature).mean()
 
 
 class BranchedObjective:
@@ -119,16 +129,24 @@ class BranchedObjective:
             self.class_leaf = self.class_leaf.to(engine.device)
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> StepOutput:
-        """Loss, its terms, and how sharp routing and its target are on one batch."""
+        """Loss, its terms, and how sharp routing and its target are on one batch.
+
+        Raises:
+            DataError: labels that the network has no output for, or none where they are needed.
+        """
+        labelled = has_labels(y)
+        if not labelled:
+            _check_imitation_alone(self.recipe)
         soft = model(x)
-        check_labels(y, soft[0].shape[-1])
+        if labelled:
+            check_labels(y, soft[0].shape[-1])
         teacher_BV = None
         if self.teacher is not None:
             with torch.no_grad():
                 teacher_BV = self.teacher(x)
         terms = branched_loss(
             soft,
-            y,
+            y if labelled else None,
             self.recipe,
             progress=progress,
             class_leaf=self.class_leaf,
@@ -144,7 +162,7 @@ class BranchedObjective:
                 "resp": terms.resp,
                 "balance_loss": terms.balance,
                 "distill": terms.distill,
-                "train_top1": percent(chosen_BV.argmax(1) == y),
+                **_right(chosen_BV, y if labelled else None, teacher_BV),
                 "train_max_p": top_B.mean(),
                 "train_max_r": terms.responsibility.amax(1).mean(),
             }
@@ -175,6 +193,26 @@ def check_labels(y: Tensor, classes: int) -> None:
             f"labels reach from {int(y.min())} to {int(y.max())}, the network has {classes} "
             "classes: relabel the data or widen the head"
         )
+
+
+def _check_imitation_alone(recipe: Recipe) -> None:
+    """Raise :class:`DataError` unless the recipe leaves nothing to learn from labels."""
+    if recipe.distill_weight < 1:
+        raise DataError(
+            f"the loader gives no labels, and recipe distill_weight is {recipe.distill_weight:g}: "
+            "set it to 1 and give a teacher, or yield (inputs, labels)"
+        )
+
+
+def _right(
+    logits_BV: Tensor, y: Tensor | None, teacher_BV: Tensor | None
+) -> dict[str, Tensor | None]:
+    """How often the logits give the true class or, where nobody knows that, the teacher's."""
+    given_B = logits_BV.argmax(1)
+    if y is not None:
+        return {"train_top1": percent(given_B == y)}
+    assert teacher_BV is not None
+    return {"train_as_teacher": percent(given_B == teacher_BV.argmax(1))}
 
 
 def percent(hit: Tensor) -> Tensor:
