@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from sigmabranch.conversion import ConversionSpec, convert
 from sigmabranch.deploy import Package, Runtime, Trace, pack
 from sigmabranch.deploy.simulate import Storage, checking_rate, latency, path_steps, streamed_bytes
-from sigmabranch.deploy.slots import byte_count
+from sigmabranch.sizes import byte_count
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.peers.catalog import find_system
 from sigmabranch.tasks import Task, find_task, ordered

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from sigmabranch.backbones import ResNet, ResNetSpec
 from sigmabranch.tasks import Task, find_task
 
 CLASSES = 5
+REGISTRATION = "torch.onnx._internal.exporter._registration"
 # Settings of a task that trains in a second.
 TINY = (
     "model.layers=[1,1,1]",
@@ -103,6 +107,16 @@ def shell() -> Iterator[Shell]:
     shell = Shell()
     yield shell
     shell.close()
+
+
+@pytest.fixture(scope="module")
+def one_registry() -> Iterator[None]:
+    """torch.onnx builds its table of operators anew for each export, which takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        with suppress(ImportError, AttributeError):  # not a public part of torch
+            registry = importlib.import_module(REGISTRATION).ONNXRegistry
+            patch.setattr(registry, "from_torchlib", staticmethod(cache(registry.from_torchlib)))
+        yield
 
 
 @pytest.fixture(scope="session")

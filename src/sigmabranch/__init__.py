@@ -16,11 +16,26 @@ from typing import TYPE_CHECKING, Any
 from sigmabranch.version import __version__
 
 if TYPE_CHECKING:
-    from sigmabranch.backbones import Backbone, PointNet2, PointNet2Spec, ResNet, ResNetSpec
-    from sigmabranch.conversion import ConversionRecord, ConversionSpec, convert, rebuild
+    from sigmabranch.backbones import (
+        Backbone,
+        PointNet2,
+        PointNet2Spec,
+        ResNet,
+        ResNetSpec,
+        as_backbone,
+    )
+    from sigmabranch.conversion import (
+        ConversionRecord,
+        ConversionSpec,
+        convert,
+        plan_budget,
+        rebuild,
+    )
     from sigmabranch.coupling import CouplingMap, SlicePlan, trace
     from sigmabranch.deploy import Package, Prediction, Runtime, pack
     from sigmabranch.errors import SigmaBranchError
+    from sigmabranch.explain import Explanation
+    from sigmabranch.hub import from_hub, model_card, push_to_hub
     from sigmabranch.measure import cost as count
     from sigmabranch.measure import evaluate, evaluate_dense
     from sigmabranch.net import HardOutput, SigmaBranchNet, SoftOutput
@@ -29,11 +44,26 @@ if TYPE_CHECKING:
     from sigmabranch.tree import TreeSpec
 
 _HOMES = {
-    "sigmabranch.backbones": ("Backbone", "PointNet2", "PointNet2Spec", "ResNet", "ResNetSpec"),
-    "sigmabranch.conversion": ("ConversionRecord", "ConversionSpec", "convert", "rebuild"),
+    "sigmabranch.backbones": (
+        "Backbone",
+        "PointNet2",
+        "PointNet2Spec",
+        "ResNet",
+        "ResNetSpec",
+        "as_backbone",
+    ),
+    "sigmabranch.conversion": (
+        "ConversionRecord",
+        "ConversionSpec",
+        "convert",
+        "plan_budget",
+        "rebuild",
+    ),
     "sigmabranch.coupling": ("CouplingMap", "SlicePlan", "trace"),
     "sigmabranch.deploy": ("Package", "Prediction", "Runtime", "pack"),
     "sigmabranch.errors": ("SigmaBranchError",),
+    "sigmabranch.explain": ("Explanation",),
+    "sigmabranch.hub": ("from_hub", "model_card", "push_to_hub"),
     "sigmabranch.measure": ("evaluate", "evaluate_dense"),
     "sigmabranch.net": ("HardOutput", "SigmaBranchNet", "SoftOutput"),
     "sigmabranch.training": ("FinetuneRecipe", "Recipe", "finetune", "train"),
@@ -49,6 +79,7 @@ __all__ = [
     "ConversionRecord",
     "ConversionSpec",
     "CouplingMap",
+    "Explanation",
     "FinetuneRecipe",
     "HardOutput",
     "Package",
@@ -65,13 +96,18 @@ __all__ = [
     "SoftOutput",
     "TreeSpec",
     "__version__",
+    "as_backbone",
     "convert",
     "count",
     "evaluate",
     "evaluate_dense",
     "finetune",
+    "from_hub",
     "load",
+    "model_card",
     "pack",
+    "plan_budget",
+    "push_to_hub",
     "rebuild",
     "trace",
     "train",

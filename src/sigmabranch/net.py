@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sigmabranch.archive import write_archive
 from sigmabranch.coupling import SlicePlan
 from sigmabranch.errors import ConfigError, DataError
-from sigmabranch.routing import Router, Routes
+from sigmabranch.explain import Explanation, explain
+from sigmabranch.routing import Router, Routes, stacked
 from sigmabranch.tree import NodeId, TreeSpec, node_key
 
 RECORD = "record.json"
@@ -31,7 +32,8 @@ class SoftOutput(NamedTuple):
     Attributes:
         logits: (B, L, V), leaves in the order of ``tree.leaves`` (paper, eq. 3).
         log_prob: (B, L) float32, log P_j; each row sums to one after exp (paper, eq. 2).
-        branch_log_prob: (B, I, K) float32, each router's log p in the order of ``tree.inner``.
+        branch_log_prob: (B, I, K) float32, each router's log p in the order of ``tree.inner``; −∞
+            where a node has fewer branches than another.
     """
 
     logits: Tensor
@@ -121,16 +123,15 @@ class SigmaBranchNet(nn.Module):
         for node in self.tree.inner:
             branch_log_prob_BK = decided[node] if self.early else self.router(node)(features[node])
             branches.append(branch_log_prob_BK)
-            for branch in (0, 1):
-                child = (*node, branch)
+            for child in self.tree.children(node):
                 arrived = log_prob.get(node, 0.0)
-                log_prob[child] = arrived + branch_log_prob_BK[:, branch]
+                log_prob[child] = arrived + branch_log_prob_BK[:, child[-1]]
                 features[child] = self.specializer(child)(features[node])
         leaves = self.tree.leaves
         return SoftOutput(
             logits=torch.stack([self.head(leaf)(features[leaf]) for leaf in leaves], dim=1),
             log_prob=torch.stack([log_prob[leaf] for leaf in leaves], dim=1),
-            branch_log_prob=torch.stack(branches, dim=1),
+            branch_log_prob=stacked(branches),
         )
 
     def hard(self, x: Tensor) -> HardOutput:
@@ -155,6 +156,14 @@ class SigmaBranchNet(nn.Module):
             log_prob=torch.cat([log_prob for *_, log_prob in parts])[order_B],
         )
 
+    def explain(self, x: Tensor) -> list[Explanation]:
+        """The hard path of each input of a batch: its leaf, every decision on it, top classes.
+
+        Runs :meth:`hard` as it is, without gradients, so it says what that gives. Print one for a
+        person; :meth:`Explanation.to_dict` is JSON-able. Raises as :meth:`hard` does.
+        """
+        return explain(self, x)
+
     def leaf_of(self, soft: SoftOutput) -> Tensor:
         """(B,) int64: the leaf that :meth:`hard` reaches, read off a soft pass."""
         return self.routes.hard(soft.branch_log_prob)
@@ -170,7 +179,7 @@ class SigmaBranchNet(nn.Module):
             part = seen if len(here) == len(rows) else take(seen, here)
             best, branch = self.router(node)(part).max(dim=-1)
             decided[node] = best, branch
-            arrived |= {(*node, number): here[branch == number] for number in (0, 1)}
+            arrived |= {child: here[branch == child[-1]] for child in self.tree.children(node)}
         return decided
 
     def _descend(
@@ -188,11 +197,10 @@ class SigmaBranchNet(nn.Module):
             return
         best, branch = decided[node] if self.early else self.router(node)(feature).max(dim=-1)
         log_prob = log_prob + best
-        for number in (0, 1):
-            chosen = (branch == number).nonzero().flatten()
+        for child in self.tree.children(node):
+            chosen = (branch == child[-1]).nonzero().flatten()
             if not len(chosen):
                 continue
-            child = (*node, number)
             part = feature if len(chosen) == len(rows) else take(feature, chosen)
             yield from self._descend(
                 child, self.specializer(child)(part), rows[chosen], log_prob[chosen], decided

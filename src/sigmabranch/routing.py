@@ -6,10 +6,11 @@ All routing arithmetic is float32 in log space, whatever autocast says.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sigmabranch.tree import NodeId, TreeSpec
@@ -21,10 +22,11 @@ class Router(nn.Module):
     Args:
         channels: C, length of the pooled feature.
         pool: parameter-free module, feature → (B, C).
-        tree: gives D and the dropout on the latent; K is 2, one branch per child.
+        tree: gives D and the dropout on the latent.
+        branches: K, one per child.
     """
 
-    def __init__(self, channels: int, pool: nn.Module, tree: TreeSpec) -> None:
+    def __init__(self, channels: int, pool: nn.Module, tree: TreeSpec, branches: int = 2) -> None:
         super().__init__()
         self.channels = channels
         latent = tree.projection_dim
@@ -34,7 +36,7 @@ class Router(nn.Module):
             nn.LayerNorm(latent),
             nn.Dropout(tree.projection_dropout),
         )
-        self.gate = nn.Linear(latent, 2)
+        self.gate = nn.Linear(latent, branches)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move with the network, but stay float32 when it is halved or doubled."""
@@ -63,7 +65,9 @@ class Router(nn.Module):
 class Routes(nn.Module):
     """The tree's shape as index tables, so that walking it takes one operation per level.
 
-    Inner nodes are numbered in the order of ``tree.inner``, leaves in that of ``tree.leaves``.
+    Inner nodes are numbered in the order of ``tree.inner``, leaves in that of ``tree.leaves``. K is
+    the largest number of branches; a node with fewer repeats its first child, which is never
+    reached that way, because :func:`stacked` makes those branches impossible.
     """
 
     children_IK: Tensor
@@ -73,8 +77,12 @@ class Routes(nn.Module):
         self.depth = tree.depth
         self.leaf_number = {leaf: number for number, leaf in enumerate(tree.leaves)}
         self.inner_number = {node: number for number, node in enumerate(tree.inner)}
-        table = [[self._entry((*node, branch)) for branch in (0, 1)] for node in tree.inner]
+        table = [self._row(tree.children(node), tree.most_branches) for node in tree.inner]
         self.register_buffer("children_IK", torch.tensor(table), persistent=False)
+
+    def _row(self, children: Sequence[NodeId], branches: int) -> list[int]:
+        row = [self._entry(child) for child in children]
+        return row + row[:1] * (branches - len(row))
 
     def _entry(self, node: NodeId) -> int:
         # A leaf j is stored as -1 - j, so that one table tells leaves from inner nodes.
@@ -92,6 +100,21 @@ class Routes(nn.Module):
                 node_B >= 0, self.children_IK[node_B.clamp(min=0), branch_B], node_B
             )
         return -1 - node_B
+
+
+def stacked(branch_log_prob: Sequence[Tensor]) -> Tensor:
+    """Each inner node's log p as one tensor, (B, I, K); missing branches have log p = −∞.
+
+    Args:
+        branch_log_prob: (B, K_i) of each node, K_i ≤ K.
+    """
+    branches = max(log_prob_BK.shape[-1] for log_prob_BK in branch_log_prob)
+    return torch.stack([_padded(log_prob_BK, branches) for log_prob_BK in branch_log_prob], dim=1)
+
+
+def _padded(log_prob_BK: Tensor, branches: int) -> Tensor:
+    missing = branches - log_prob_BK.shape[-1]
+    return F.pad(log_prob_BK, (0, missing), value=-torch.inf) if missing else log_prob_BK
 
 
 def _device_type(feature: Any) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 
 from sigmabranch import files
 from sigmabranch.archive import MANIFEST, fill, read_manifest, write_archive
-from sigmabranch.backbones import Backbone, as_backbone, build
+from sigmabranch.backbones import OWN, Backbone, build, rebuilt, source_of
 from sigmabranch.coupling import SlicePlan
 from sigmabranch.errors import (
     CheckpointError,
@@ -34,7 +33,7 @@ def save_dense(
     model: nn.Module, folder: Path | str, notes: Mapping[str, Any] | None = None
 ) -> None:
     """Write a dense network into ``folder``, in the same form as :meth:`SigmaBranchNet.save`."""
-    described = {"kind": "dense", "source": as_backbone(model).source, "notes": dict(notes or {})}
+    described = {"kind": "dense", "source": source_of(model), "notes": dict(notes or {})}
     write_archive(folder, model.state_dict(), described)
 
 
@@ -61,7 +60,10 @@ def load_net(folder: Path | str, skeleton: nn.Module | Backbone | None = None) -
 def load_dense(folder: Path | str) -> nn.Module:
     """Read a dense network back, in eval mode on the CPU; raises as :func:`load_net` does."""
     folder = Path(folder)
-    model = dense_skeleton(read_manifest(folder, "dense"), folder).model
+    manifest = read_manifest(folder, "dense")
+    _refuse_unknown(manifest, folder)
+    with _described(folder), torch.device("meta"):
+        model = build(manifest["source"])
     fill(model, folder)
     return model.eval()
 
@@ -100,16 +102,18 @@ def dense_skeleton(
     manifest: Mapping[str, Any], folder: Path, skeleton: nn.Module | Backbone | None = None
 ) -> Backbone:
     """A dense network without values (meta device); raises as :func:`net_skeleton` does."""
-    if skeleton is not None:
-        backbone = as_backbone(skeleton)
-        return replace(backbone, model=copy.deepcopy(backbone.model).to("meta"))
-    if manifest.get("source") is None:
+    if skeleton is None:
+        _refuse_unknown(manifest, folder)
+    with _described(folder):
+        return rebuilt(manifest.get("source"), skeleton)
+
+
+def _refuse_unknown(manifest: Mapping[str, Any], folder: Path) -> None:
+    if (manifest.get("source") or {}).get("builder", OWN) == OWN:
         raise CheckpointError(
             f"{folder} was made from a network of your own: pass one of the same shape "
             "as skeleton: sb.load(folder, skeleton=…)"
         )
-    with _described(folder), torch.device("meta"):
-        return as_backbone(build(manifest["source"]))
 
 
 def _skeleton(
@@ -123,12 +127,17 @@ def _skeleton(
     specializers, heads = {}, {}
     for node in tree.specializers:
         paths = [path for level in tree.levels_of(node) for path in levels.levels[level - 1]]
-        specializers[node] = backbone.section(paths, plans[node])
+        specializers[node] = backbone.specializer(paths, plans[node])
         if node in tree.leaves:
             heads[node] = backbone.pooled_head(plans[node])
     with torch.device("meta"):
         routers = {
-            node: Router(router_channels[node], copy.deepcopy(backbone.pool), tree)
+            node: Router(
+                router_channels[node],
+                copy.deepcopy(backbone.pool),
+                tree,
+                branches=len(tree.children(node)),
+            )
             for node in tree.inner
         }
     return SigmaBranchNet(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any, TypeAlias
 
 from sigmabranch.errors import ConfigError
@@ -16,8 +17,11 @@ from sigmabranch.fields import from_fields, to_fields
 
 NodeId: TypeAlias = tuple[int, ...]
 
-# A balanced tree of this depth has a thousand leaves.
+ENTRIES = ("project", "gather", "inner")
+
+# A balanced binary tree of this depth has as many leaves as a balanced tree may have.
 _DEEPEST = 10
+_MOST_LEAVES = 2**_DEEPEST
 
 
 def node_key(node: NodeId) -> str:
@@ -27,17 +31,26 @@ def node_key(node: NodeId) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TreeSpec:
-    """A binary tree of specializers (paper, section III).
+    """A tree of specializers (paper, section III, where every inner node has two children).
 
-    A leaf above the last level runs all the remaining stages of the network by itself.
+    Inner nodes may have any number of children from two on, and not all the same. A leaf above the
+    last level runs all the remaining stages of the network by itself.
 
     Attributes:
-        leaves: the paths of the leaves, left to right; every inner node has both its children.
+        leaves: the paths of the leaves, left to right; an inner node's children are 0 to K − 1.
         widths: output channels per level, or None for the rule width/√n of :meth:`level_widths`.
         round_to: widths that follow the rule become the nearest multiple of this (1 = exact).
         projection_dim: length of the latent that each router reads.
         projection_dropout: dropout on the latent while training.
         cuts: the stage at which each level begins, or None for the backbone's last stages.
+        entry: how a level begins. ``"project"``: a layer makes new channels from all of its input,
+            and only some of them are made (paper). Where the network hands its input's channels on
+            instead, as residual streams do: ``"inner"`` keeps them all and cuts only what lies
+            inside the blocks, ``"gather"`` copies the branch's channels out of its input. None
+            projects where the network does, and else cuts inside.
+        shares: share of the inner channels (bottleneck planes, hidden units) that each level keeps,
+            or None for the share of its width; for 1/n where n specializers keep their width.
+        heads: share of the attention heads that each level keeps, or None for all of them.
         decide_after: the module of the trunk whose output all routers read, so that the whole path
             is known before the trunk has ended; None lets each read its own node's output (paper).
         trunk_share: share of the trunk's channels that stays, of those that do not leave it; the
@@ -50,12 +63,21 @@ class TreeSpec:
     projection_dim: int = 128
     projection_dropout: float = 0.1
     cuts: tuple[str, ...] | None = None
+    entry: str | None = None
+    shares: tuple[float, ...] | None = None
+    heads: tuple[float, ...] | None = None
     decide_after: str | None = None
     trunk_share: float | None = None
 
     def __post_init__(self) -> None:
         _check_leaves(self.leaves)
-        for name, values in (("widths", self.widths), ("cuts", self.cuts)):
+        if self.entry not in (None, *ENTRIES):
+            raise ConfigError(f"unknown tree entry {self.entry!r}: choose from {ENTRIES}")
+        for name in ("shares", "heads"):
+            if not all(0 < share <= 1 for share in getattr(self, name) or ()):
+                raise ConfigError(f"tree {name} must lie in (0, 1], got {getattr(self, name)}")
+        for name in ("widths", "cuts", "shares", "heads"):
+            values = getattr(self, name)
             if values is not None and len(values) != self.depth:
                 raise ConfigError(
                     f"tree {name} has {len(values)} entries for {self.depth} levels: give one each"
@@ -70,15 +92,20 @@ class TreeSpec:
             raise ConfigError("tree projection_dropout must lie in [0, 1)")
 
     @classmethod
-    def balanced(cls, depth: int = 2, **fields: Any) -> TreeSpec:
-        """The complete binary tree with ``2 ** depth`` leaves; the paper's has depth 2."""
+    def balanced(cls, depth: int = 2, branches: int = 2, **fields: Any) -> TreeSpec:
+        """The complete tree with ``branches ** depth`` leaves; the paper's has depth 2.
+
+        Raises:
+            ConfigError: a depth or a number of branches out of reach, or more than 1024 leaves.
+        """
         if not 1 <= depth <= _DEEPEST:
             raise ConfigError(f"tree depth must be from 1 to {_DEEPEST}, got {depth}")
-        leaves = tuple(
-            tuple(number >> (depth - 1 - level) & 1 for level in range(depth))
-            for number in range(2**depth)
-        )
-        return cls(leaves=leaves, **fields)
+        if branches < 2 or branches**depth > _MOST_LEAVES:
+            raise ConfigError(
+                f"a tree of {branches} branches at {depth} levels is out of reach: choose at least "
+                f"2 branches and at most {_MOST_LEAVES} leaves"
+            )
+        return cls(leaves=tuple(product(range(branches), repeat=depth)), **fields)
 
     @property
     def depth(self) -> int:
@@ -95,6 +122,17 @@ class TreeSpec:
     def specializers(self) -> tuple[NodeId, ...]:
         """Every node but the trunk, level by level."""
         return tuple(sorted({*self.inner, *self.leaves} - {()}, key=lambda node: (len(node), node)))
+
+    def children(self, node: NodeId) -> tuple[NodeId, ...]:
+        """The nodes right below ``node``, left to right; none below a leaf."""
+        last = self.leaves[self.leaves_under(node)[-1]]
+        branches = last[len(node)] + 1 if last != node else 0
+        return tuple((*node, branch) for branch in range(branches))
+
+    @property
+    def most_branches(self) -> int:
+        """The largest number of children that a node has."""
+        return 1 + max(branch for leaf in self.leaves for branch in leaf)
 
     def parallel(self, level: int) -> int:
         """How many specializers exist side by side at ``level`` (short leaves reach down)."""
@@ -156,9 +194,20 @@ def _rounded(width: float, multiple: int, limit: int) -> int:
 def _check_leaves(leaves: tuple[NodeId, ...]) -> None:
     if len(set(leaves)) < len(leaves) or tuple(sorted(leaves)) != leaves:
         raise ConfigError("tree leaves must be distinct and in left-to-right order")
-    if len(leaves) < 2 or any(branch not in (0, 1) for leaf in leaves for branch in leaf):
-        raise ConfigError("a tree needs at least two leaves, named by branches 0 and 1")
-    # Kraft's equality: with distinct prefix-free paths it says that no child is missing.
-    prefix_free = all(b[: len(a)] != a for a in leaves for b in leaves if a != b)
-    if not prefix_free or sum(2.0 ** -len(leaf) for leaf in leaves) != 1.0:
-        raise ConfigError(f"tree leaves {leaves} do not form a binary tree with both children")
+    if len(leaves) < 2:
+        raise ConfigError("a tree needs at least two leaves")
+    below: dict[NodeId, set[int]] = {}
+    ends = set(leaves)
+    for leaf in leaves:
+        for level, branch in enumerate(leaf):
+            below.setdefault(leaf[:level], set()).add(branch)
+    for node, branches in below.items():
+        if node in ends:
+            raise ConfigError(
+                f"tree leaf {node_key(node)} has children: leave it out of the leaves"
+            )
+        if branches != set(range(max(2, len(branches)))):
+            raise ConfigError(
+                f"tree node {node_key(node)} has branches {sorted(branches)}: number them 0, 1, … "
+                "without a gap, at least two"
+            )

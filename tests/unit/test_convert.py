@@ -414,7 +414,7 @@ def test_a_generator_is_refused_before_it_is_used_up(dense, batches):
     ("loader", "error", "reason"),
     [
         ([], DataError, "empty"),
-        ([torch.zeros(4, 1, 8, 8)], DataError, "pair"),
+        ([{"image": torch.zeros(4, 1, 8, 8)}], DataError, "pair"),
         ([(torch.randn(1, 1, 8, 8), torch.zeros(1).long())], ConversionError, "1 calibration"),
         ([(torch.ones(9, 1, 8, 8), torch.zeros(9).long())], ConversionError, "distinct"),
     ],
@@ -471,7 +471,7 @@ def test_a_cut_behind_an_identity_shortcut_is_refused(batches):
             classes=5,
         )
     ).eval()
-    tree = sb.TreeSpec(cuts=("layer1", "layer2"))
+    tree = sb.TreeSpec(cuts=("layer1", "layer2"), entry="project")
     with pytest.raises(ConversionError, match="layer1 hands its input's channels through"):
         sb.convert(net, batches, tree)
 
@@ -488,7 +488,7 @@ def test_an_operation_that_cannot_be_followed_is_refused_by_name(dense, batches)
 
 
 def test_a_network_without_an_adapter_is_refused(batches):
-    with pytest.raises(ConfigError, match=r"no adapter for Linear.*Backbone"):
+    with pytest.raises(ConversionError, match=r"forward of Linear cannot be followed.*Backbone"):
         sb.convert(nn.Linear(3, 3), batches)
 
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from sigmabranch.deploy.prior import LeafPrior
 from sigmabranch.deploy.residency import Residency
 from sigmabranch.deploy.segment import Segment
-from sigmabranch.deploy.slots import Slots, byte_count
+from sigmabranch.deploy.slots import Slots
 from sigmabranch.deploy.speculation import likely_nodes
 from sigmabranch.deploy.stored import StoredBlock
 from sigmabranch.errors import ConfigError, StorageError
+from sigmabranch.sizes import byte_count
 
 PAGE = 4096
 

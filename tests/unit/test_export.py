@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,14 +35,16 @@ from sigmabranch.points import farthest_points, take_points
 from sigmabranch.routing import Router
 from sigmabranch.tree import TreeSpec
 
-pytestmark = pytest.mark.skipif(
-    any(find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
-    reason="needs the deploy extra",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        any(find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
+        reason="needs the deploy extra",
+    ),
+    pytest.mark.usefixtures("one_registry"),
+]
 
 # The others have environments of their own, and their tests tests/exports.
 FORMATS = ("pt2", "onnx", "onnx-nodes")
-REGISTRATION = "torch.onnx._internal.exporter._registration"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 UNEVEN = TreeSpec(leaves=((0,), (1, 0), (1, 1)), projection_dim=4)
 # A node's convolution has a megabyte, so that pages and small tensors do not matter.
@@ -117,16 +116,6 @@ def halve(net: SigmaBranchNet, x: Tensor) -> SigmaBranchNet:
         log_prob_BK = net.soft(x[here]).branch_log_prob[:, number]
         net.router(node).gate.bias[0] -= log_prob_BK.diff().neg().median() - 1e-3
     return net
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_registry():
-    """torch.onnx builds its table of operators anew for each export, which takes a second."""
-    with pytest.MonkeyPatch.context() as patch:
-        with suppress(ImportError, AttributeError):  # not a public part of torch
-            registry = importlib.import_module(REGISTRATION).ONNXRegistry
-            patch.setattr(registry, "from_torchlib", staticmethod(cache(registry.from_torchlib)))
-        yield
 
 
 @pytest.fixture(scope="module")

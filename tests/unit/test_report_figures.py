@@ -57,6 +57,43 @@ def test_every_channel_is_drawn_once_in_the_colour_of_its_holder():
     assert points(second)["dropped"] == {(0, -3)}
 
 
+def test_of_three_clusters_the_smallest_and_the_largest_mean_are_drawn():
+    kept = ([0, 1], [0, 2], [0, 2, 3])
+    record = {
+        "splits": {
+            "root": {
+                "sizes": [3, 2, 1],
+                "channel_mean": {"s": [[5, 4, 0, 1, 2], [6, 1, 3, 0, 2], [7, 0, 2, 3, 2]]},
+            },
+            "2": {"sizes": [1, 0], "channel_mean": {"s": [[1], [0]]}},
+        },
+        "nodes": {
+            **{
+                str(branch): [{"stage": "s", "shared": [0], "specific": own[1:], "kept": own}]
+                for branch, own in enumerate(kept)
+            },
+            **{
+                f"2-{branch}": [{"stage": "s", "shared": [], "specific": [0], "kept": [0]}]
+                for branch in (0, 1)
+            },
+        },
+    }
+    figure = channel_partition(record)
+    first = figure.axes[0]
+    assert points(first) == {
+        "dropped": {(2, 2)},
+        "shared by choice": {(5, 7)},
+        "branch 0 only": {(0, 4)},
+        "branch 1 only": set(),
+        "branch 2 only": {(0, 3)},
+        "picked by several": {(0, 3)},
+    }
+    assert texts(first) == ["5 channels · clusters 50% / 33% / 17%"]
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(named) == len({*named})
+    assert {"branch 2 only", "picked by several", "picked by both"} <= {*named}
+
+
 def test_root_axes_are_only_used_for_activations_that_are_never_negative():
     first, second = channel_partition(RECORD).axes[:2]
     assert first.get_xscale() == "function"
@@ -163,6 +200,14 @@ def test_bands_are_as_thick_as_their_share_of_the_inputs():
     thickness = [band.get_path().vertices[3][1] - band.get_path().vertices[4][1] for band in bands]
     assert np.allclose(np.array(thickness) / thickness[0], [1, 1, 0.8, 0.2])
     assert [text for text in texts(axes) if "%" in text] == ["100%", "50%", "50%", "40%", "10%"]
+
+
+def test_unmeasured_bands_are_equal_parts_of_what_arrives():
+    keys = ("root", "0", "1", "2", "2-0", "2-1")
+    axes = tree_figure(cost(keys), None).axes[0]
+    bands = [patch for patch in axes.patches if isinstance(patch, PathPatch)]
+    thickness = [band.get_path().vertices[3][1] - band.get_path().vertices[4][1] for band in bands]
+    assert np.allclose(np.array(thickness) / thickness[0], [1, 1, 1, 0.5, 0.5])
 
 
 def test_a_leaf_above_the_last_level_reaches_through_the_columns_below():

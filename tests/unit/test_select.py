@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sigmabranch.conversion.select import (
     select_at_random,
     select_by_activation,
+    select_evenly,
     top_units,
 )
 
@@ -18,20 +19,30 @@ def by_hand(mean, width, fraction):
     """Phase 2 in plain Python: sort by score, first channel wins a tie."""
     channels = range(len(mean[0]))
     count = round(fraction * width)
-    shared = sorted(channels, key=lambda c: -min(mean[0][c], mean[1][c]))[:count]
+    shared = sorted(channels, key=lambda c: -min(own[c] for own in mean))[:count]
     rest = [c for c in channels if c not in shared]
     specific = [
-        sorted(rest, key=lambda c: -(mean[k][c] - mean[1 - k][c]))[: width - count] for k in (0, 1)
+        sorted(rest, key=lambda c: -(own[c] - max(other[c] for other in mean if other is not own)))[
+            : width - count
+        ]
+        for own in mean
     ]
     return sorted(shared), [sorted(s) for s in specific]
 
 
-@given(st.integers(1, 40), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**16), st.booleans())
+@given(
+    st.integers(2, 4),
+    st.integers(1, 40),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.integers(0, 2**16),
+    st.booleans(),
+)
 def test_shared_and_specific_channels_are_those_of_the_formula(
-    channels, share, fraction, seed, ties
+    branches, channels, share, fraction, seed, ties
 ):
     width = max(1, round(share * channels))
-    mean_KC = torch.rand(2, channels, generator=torch.Generator().manual_seed(seed)).double()
+    mean_KC = torch.rand(branches, channels, generator=torch.Generator().manual_seed(seed)).double()
     if ties:
         mean_KC = (mean_KC * 4).round()
     shared, specific = by_hand(mean_KC.tolist(), width, fraction)
@@ -86,6 +97,14 @@ def test_random_draws_depend_on_the_generator_alone():
     assert left.shared == right.shared
     assert len(left.kept) == len(right.kept) == 20
     assert {*left.kept} & {*right.kept} == {*left.shared}
+
+
+def test_three_random_draws_share_what_all_of_them_hold():
+    draws = select_at_random(20, 15, torch.Generator().manual_seed(0), branches=3)
+    assert len(draws) == 3
+    assert {*draws[0].shared} == {*draws[0].kept} & {*draws[1].kept} & {*draws[2].kept}
+    assert [len(draw.kept) for draw in draws] == [15, 15, 15]
+    assert len({selection.kept for selection in select_evenly(20, 15, branches=3)}) == 1
 
 
 def test_the_strongest_units_come_in_ascending_order_and_ties_go_to_the_first():

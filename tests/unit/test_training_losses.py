@@ -186,3 +186,85 @@ def test_half_precision_logits_give_single_precision_terms(batch):
     assert terms.total.dtype == torch.float32
     exact = branched_loss((logits.bfloat16().float(), log_prob), y, FinetuneRecipe())
     assert torch.equal(terms.total, exact.total)
+
+
+# -- without labels ------------------------------------------------------------------------------
+
+
+def certain(y: torch.Tensor) -> torch.Tensor:
+    """Logits of a teacher that knows the label and nothing else."""
+    return 1e4 * F.one_hot(y, V).float()
+
+
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("tau", [0.5, 1.0, 3.0])
+def test_a_teacher_that_is_certain_is_a_label(batch, tau, prior):
+    logits, log_prob, y = batch
+    recipe = FinetuneRecipe(
+        distill_weight=1.0, distill_temperature=1.0, resp_temperature=tau, resp_prior=prior
+    )
+    told = branched_loss(
+        (logits, log_prob),
+        y,
+        FinetuneRecipe(label_smoothing=0.0, resp_temperature=tau, resp_prior=prior),
+    )
+    alone = branched_loss((logits, log_prob), None, recipe, teacher_logits=certain(y))
+    torch.testing.assert_close(alone.responsibility, told.responsibility)
+    torch.testing.assert_close(alone.resp, told.resp)
+    torch.testing.assert_close(alone.distill, told.cls)
+    torch.testing.assert_close(alone.total, told.total)
+
+
+def test_without_labels_the_loss_is_imitation_and_the_teachers_responsibility(batch):
+    logits, log_prob, _ = batch
+    teacher = torch.randn(B, V, generator=torch.Generator().manual_seed(8))
+    recipe = FinetuneRecipe(
+        distill_weight=1.0, distill_temperature=2.0, resp_temperature=1.7, balance_weight=0.5
+    )
+    terms = branched_loss((logits, log_prob), None, recipe, teacher_logits=teacher)
+    resp = 0.0
+    for b in range(B):
+        share = teacher[b].double().softmax(0)
+        ce = [float(-(share * logits[b, j].double().log_softmax(0)).sum()) for j in range(L)]
+        norm = sum(math.exp(-value / 1.7) for value in ce)
+        for j in range(L):
+            r = math.exp(-ce[j] / 1.7) / norm
+            assert terms.responsibility[b, j].item() == pytest.approx(r, rel=1e-4)
+            resp -= r * float(log_prob[b, j]) / B
+    assert terms.cls is None
+    assert terms.resp.item() == pytest.approx(resp, rel=1e-4)
+    labelled = branched_loss(
+        (logits, log_prob), torch.zeros(B).long(), recipe, teacher_logits=teacher
+    )
+    torch.testing.assert_close(terms.distill, labelled.distill)
+    expected = terms.distill + 0.3 * terms.resp + 0.5 * terms.balance
+    torch.testing.assert_close(terms.total, expected)
+
+
+def test_without_labels_a_leaf_that_is_the_teacher_takes_the_responsibility(batch):
+    logits, log_prob, _ = batch
+    recipe = FinetuneRecipe(distill_weight=1.0)
+    terms = branched_loss((logits, log_prob), None, recipe, teacher_logits=logits[:, 2])
+    assert terms.responsibility.argmax(1).tolist() == [2] * B
+    assert not terms.responsibility.requires_grad
+
+
+def test_without_labels_class_targets_are_what_the_teacher_expects(batch):
+    logits, log_prob, y = batch
+    class_leaf = F.one_hot(torch.arange(V) % L, L).float()
+    recipe = FinetuneRecipe(class_target=True, distill_weight=1.0)
+    teacher = torch.randn(B, V, generator=torch.Generator().manual_seed(8))
+    terms = branched_loss(
+        (logits, log_prob), None, recipe, class_leaf=class_leaf, teacher_logits=teacher
+    )
+    torch.testing.assert_close(terms.responsibility, teacher.softmax(1) @ class_leaf)
+    sure = branched_loss(
+        (logits, log_prob), None, recipe, class_leaf=class_leaf, teacher_logits=certain(y)
+    )
+    torch.testing.assert_close(sure.responsibility, class_leaf[y])
+
+
+def test_without_labels_and_without_a_teacher_there_is_no_loss(batch):
+    logits, log_prob, _ = batch
+    with pytest.raises(ValueError, match="teacher_logits"):
+        branched_loss((logits, log_prob), None, FinetuneRecipe())

@@ -116,6 +116,27 @@ def test_a_plain_loader_is_shared_out_batch_by_batch():
         assert torch.equal(second.y, y[1::2])
 
 
+def test_inputs_without_labels_are_shared_out_alike():
+    whole = [x for x, _ in pairs(list(range(10)))]
+    one, two = Meeting(2).run(lambda shards: list(LoaderBatches(whole, shards=shards).epoch(3)))
+    for x, first, second in zip(whole, one, two, strict=True):
+        assert first.total == second.total == len(x)
+        assert torch.equal(first.x, x[::2])
+        assert torch.equal(second.x, x[1::2])
+        assert first.y.shape == (len(first.x), 0)
+        assert [part.y.shape[1] for part in split_share(first, 1, 0, 2)] == [0] * len(first.x)
+
+
+def test_inputs_that_differ_between_processes_are_refused_by_all():
+    def work(shards: Shards) -> None:
+        order = [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0]][shards.rank]
+        next(LoaderBatches([x.bfloat16() for x, _ in pairs(order)], shards=shards).epoch(0))
+
+    for outcome in Meeting(2).run(work):
+        assert isinstance(outcome, DataError)
+        assert "give every process the same loader" in str(outcome)
+
+
 def test_loaders_that_differ_between_processes_are_refused_by_all():
     def work(shards: Shards) -> None:
         order = [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0]][shards.rank]
@@ -139,6 +160,15 @@ def test_gathered_rows_stand_in_the_order_of_the_batches(world):
         assert torch.equal(rows, torch.cat(batches))
         assert torch.equal(flags, torch.cat(batches)[:, 0] % 3 == 0)
         assert flags.dtype == torch.bool
+
+
+def test_labels_that_are_absent_are_absent_from_what_is_gathered():
+    batches = [torch.empty(size, 0, dtype=torch.int64) for size in (3, 2, 4)]
+
+    def work(shards: Shards) -> Tensor:
+        return shards.gather([y for number, y in enumerate(batches) if number % 2 == shards.rank])
+
+    assert [tuple(y.shape) for y in Meeting(2).run(work)] == [(9, 0)] * 2
 
 
 def test_fewer_batches_than_processes_are_refused_by_all():

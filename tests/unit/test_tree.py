@@ -32,6 +32,30 @@ def test_a_short_leaf_runs_the_remaining_levels_by_itself():
     assert tree.level_widths((100, 100, 100)) == (71, 58, 50)
 
 
+def test_nodes_may_have_more_than_two_children_and_not_all_as_many():
+    tree = TreeSpec(leaves=((0,), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2)))
+    assert tree.children(()) == ((0,), (1,), (2,))
+    assert tree.children((1,)) == ((1, 0), (1, 1))
+    assert tree.children((2, 2)) == ()
+    assert tree.most_branches == 3
+    assert tree.inner == ((), (1,), (2,))
+    assert [tree.parallel(level) for level in (1, 2)] == [3, 6]
+    assert tree.level_widths((90, 60)) == (52, 24)
+
+
+def test_a_balanced_tree_has_as_many_leaves_as_asked():
+    tree = TreeSpec.balanced(2, 3)
+    assert tree.leaves[:4] == ((0, 0), (0, 1), (0, 2), (1, 0))
+    assert len(tree.leaves) == 9
+    assert TreeSpec.balanced(1, branches=1024).most_branches == 1024
+
+
+@pytest.mark.parametrize(("depth", "branches"), [(2, 1), (2, 0), (10, 3), (1, 1025)])
+def test_branches_out_of_reach_are_refused(depth, branches):
+    with pytest.raises(ConfigError, match="at least 2 branches and at most 1024 leaves"):
+        TreeSpec.balanced(depth, branches)
+
+
 def test_node_names():
     assert [node_key(node) for node in ((), (0,), (1, 0))] == ["root", "0", "1-0"]
 
@@ -40,8 +64,11 @@ def test_node_names():
     ("fields", "reason"),
     [
         ({"leaves": ((),)}, "two leaves"),
-        ({"leaves": ((0,), (2,))}, "branches 0 and 1"),
-        ({"leaves": ((0,), (0, 1), (1,))}, "both children"),
+        ({"leaves": ((0,), (2,))}, r"root has branches \[0, 2\]: number them 0, 1"),
+        ({"leaves": ((-1,), (0,), (1,))}, "without a gap"),
+        ({"leaves": ((0,), (1, 0))}, r"node 1 has branches \[0\]: .* at least two"),
+        ({"leaves": ((0,), (1, 0), (1, 1), (2, 1), (2, 2))}, "node 2 has branches"),
+        ({"leaves": ((0,), (0, 0), (0, 1), (1,))}, "leaf 0 has children"),
         ({"leaves": ((0,), (0,), (1,))}, "distinct"),
         ({"widths": (8,)}, "1 entries for 2 levels"),
         ({"widths": (8, 0)}, "positive"),

@@ -142,12 +142,17 @@ def test_it_comes_back_from_disk_without_a_skeleton(vit, tmp_path):
         assert torch.equal(load_dense(tmp_path / "dense")(x), vit(x))
 
 
-def test_a_tree_is_refused_in_one_line(vit):
-    for attempt in (
-        lambda: as_backbone(vit).levels(2),
-        lambda: sb.convert(vit, [(torch.randn(8, 1, 16, 16), torch.zeros(8).long())]),
-        lambda: count_task(find_task("cifar100-vit")),
-    ):
-        with pytest.raises(ConfigError, match="trees for a ViT are not there yet") as caught:
-            attempt()
-        assert "\n" not in str(caught.value)
+def test_it_can_be_cut_at_every_block_and_keeps_its_residual_stream(vit):
+    backbone = as_backbone(vit)
+    assert backbone.stages == tuple(f"blocks.{number}" for number in range(SPEC.depth))
+    tree = sb.TreeSpec.balanced(1, cuts=("blocks.1",), projection_dim=8)
+    net = sb.convert(vit, [(torch.randn(8, 1, 16, 16), torch.zeros(8).long())], tree)
+    assert net.record["widths"] == [SPEC.width] and net.record["shares"] == [0.5]
+    errors = [node["max_error"] for stages in net.record["nodes"].values() for node in stages]
+    assert max(errors) < 1e-9
+
+
+def test_its_task_counts_a_path(vit):
+    counted = count_task(find_task("cifar100-vit"))
+    assert counted["net"]["active_params"] < counted["dense"]["params"]
+

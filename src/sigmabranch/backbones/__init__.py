@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from sigmabranch.backbones.base import Backbone, GlobalAveragePool, Levels
+from sigmabranch.backbones.base import Backbone, Levels
+from sigmabranch.backbones.chain import chain_backbone
+from sigmabranch.backbones.convnext import (
+    ConvNeXt,
+    ConvNeXtSpec,
+    build_convnext,
+    convnext_backbone,
+)
 from sigmabranch.backbones.pointnet2 import (
     PointNet2,
     PointNet2Spec,
     build_pointnet2,
     pointnet2_backbone,
 )
+from sigmabranch.backbones.pools import GlobalAveragePool
 from sigmabranch.backbones.resnet import ResNet, ResNetSpec, build_resnet, resnet_backbone
-from sigmabranch.backbones.timm import build_timm
+from sigmabranch.backbones.timm import build_timm, timm_source
 from sigmabranch.backbones.vit import ViT, ViTSpec, build_vit, vit_backbone
 from sigmabranch.backbones.wide_resnet import (
     WideResNet,
@@ -27,7 +38,10 @@ from sigmabranch.errors import CheckpointError, ConfigError
 
 __all__ = [
     "FAMILIES",
+    "OWN",
     "Backbone",
+    "ConvNeXt",
+    "ConvNeXtSpec",
     "GlobalAveragePool",
     "Levels",
     "ModelSpec",
@@ -41,21 +55,28 @@ __all__ = [
     "WideResNetSpec",
     "as_backbone",
     "build",
+    "rebuilt",
+    "source_of",
 ]
 
 #: The shape of a network that this library builds by itself.
-ModelSpec: TypeAlias = ResNetSpec | PointNet2Spec | WideResNetSpec | ViTSpec
+ModelSpec: TypeAlias = ResNetSpec | PointNet2Spec | WideResNetSpec | ViTSpec | ConvNeXtSpec
 FAMILIES: Mapping[str, type[ModelSpec]] = {
-    spec.family: spec for spec in (ResNetSpec, PointNet2Spec, WideResNetSpec, ViTSpec)
+    spec.family: spec for spec in (ResNetSpec, PointNet2Spec, WideResNetSpec, ViTSpec, ConvNeXtSpec)
 }
+
+#: The builder of a network that only its owner can build.
+OWN = "own"
 
 _ADAPTERS: tuple[Callable[[nn.Module], Backbone | None], ...] = (
     resnet_backbone,
     pointnet2_backbone,
     wide_resnet_backbone,
     vit_backbone,
+    convnext_backbone,
 )
 _BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
+    "convnext": build_convnext,
     "pointnet2": build_pointnet2,
     "resnet": build_resnet,
     "timm": build_timm,
@@ -64,11 +85,21 @@ _BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
 }
 
 
-def as_backbone(model: nn.Module | Backbone) -> Backbone:
-    """Find the adapter that knows ``model``'s family.
+def as_backbone(
+    model: nn.Module | Backbone, example: Tensor | None = None, *, pool: str = "mean"
+) -> Backbone:
+    """Where a network may be cut: by its family's adapter, or by following its forward.
+
+    Args:
+        model: (B, ...) → (B, V) logits.
+        example: a legal input, (1, ...) on the model's device; needed for a network that no
+            adapter knows.
+        pool: what routers see of such a network's features: ``"mean"`` over all positions or
+            ``"first"`` of the tokens.
 
     Raises:
-        ConfigError: no adapter does; the message names what to pass instead.
+        ConfigError: no adapter knows the network and no example is given.
+        ConversionError: the network's forward cannot be followed, or not be cut.
     """
     if isinstance(model, Backbone):
         return model
@@ -76,10 +107,49 @@ def as_backbone(model: nn.Module | Backbone) -> Backbone:
         backbone = adapter(model)
         if backbone is not None:
             return backbone
-    raise ConfigError(
-        f"no adapter for {type(model).__name__}: pass a sigmabranch.Backbone that names its chain, "
-        "stages, pool and head"
-    )
+    if example is None:
+        raise ConfigError(
+            f"no adapter for {type(model).__name__}: pass an example input, so that its forward "
+            "can be followed, or a sigmabranch.Backbone that names its chain, stages, pool and head"
+        )
+    backbone = chain_backbone(model, example, pool)
+    how = {"input": list(example.shape[1:]), "pool": pool}
+    return replace(backbone, source={**(source_of(model) or {"builder": OWN}), **how})
+
+
+def source_of(model: nn.Module) -> dict[str, Any] | None:
+    """How to rebuild a network's skeleton, or None if only its owner can."""
+    return getattr(model, "skeleton_source", None) or timm_source(model)
+
+
+def rebuilt(
+    source: Mapping[str, Any] | None, model: nn.Module | Backbone | None = None
+) -> Backbone:
+    """The backbone that ``source`` describes, without values (meta device).
+
+    Args:
+        source: :attr:`Backbone.source`.
+        model: a network of the same shape, for those that only their owner can build; it is read,
+            never changed.
+
+    Raises:
+        ConfigError: ``source`` says too little and no model is given.
+        CheckpointError: its builder is unknown to this version.
+    """
+    source = source or {"builder": OWN}
+    if isinstance(model, Backbone):
+        return replace(model, model=copy.deepcopy(model.model).to("meta"))
+    if model is None and source.get("builder") == OWN:
+        raise ConfigError("only the network's owner can build it")
+    if model is None:
+        with torch.device("meta"):
+            model = build(source)
+    if "input" not in source:
+        backbone = as_backbone(model)
+    else:
+        example = torch.zeros(1, *source["input"], device=next(model.parameters()).device)
+        backbone = as_backbone(model, example, pool=source["pool"])
+    return replace(backbone, model=copy.deepcopy(backbone.model).to("meta"), original=None)
 
 
 def build(source: Mapping[str, Any]) -> nn.Module:

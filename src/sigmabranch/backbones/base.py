@@ -9,40 +9,47 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from sigmabranch.coupling import SlicePlan
+from sigmabranch.backbones.pools import GlobalAveragePool
+from sigmabranch.coupling import SlicePlan, evaluating
 from sigmabranch.errors import ConfigError, ConversionError, DataError
 
 
-class GlobalAveragePool(nn.Module):
-    """Mean over all positions: (B, C, ...) → (B, C); a pooled feature passes through."""
+class Gather(nn.Module):
+    """Some channels of a feature, along dimension ``dim``."""
 
-    def __init__(self) -> None:
+    index: Tensor
+
+    def __init__(self, dim: int, index: Tensor) -> None:
         super().__init__()
-        # A module, not mean(): the counter charges adaptive pooling, and so does the paper.
-        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.dim = dim
+        self.register_buffer("index", index.clone())
 
     def forward(self, feature: Tensor) -> Tensor:
-        """(B, C, ...) → (B, C)."""
-        return feature if feature.ndim == 2 else self.pool(feature).flatten(1)
+        """(B, ...) → (B, ...) with fewer channels."""
+        return feature.index_select(self.dim, self.index)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
     """A dense network and the places where it may be cut.
 
-    ``model(x)`` must equal ``head(pool(chain(x)))``; :meth:`check` proves it on an example.
+    ``model(x)`` must equal ``head(pool(chain(x)))``, or ``head(chain(x))`` where the head does its
+    own pooling; :meth:`check` proves it on an example.
 
     Attributes:
         model: the dense network.
         chain: paths of the modules applied one after the other, from the input to the last feature.
-        stages: those members of ``chain`` at which a tree level may begin.
+        stages: those members of ``chain`` at which tree levels begin unless the tree says where.
         head: paths of the modules from the pooled last feature to the (B, V) logits.
         pool: parameter-free module, feature → (B, C); what routers, statistics and heads see.
+        head_pools: the head takes the last feature itself and does its own pooling.
         whole: paths of modules inside the stages whose output channels every branch keeps.
         source: how to rebuild the network's skeleton (:func:`~sigmabranch.backbones.build`), or
             None if only its owner can.
+        original: what the parts must compute together; the model itself if None.
     """
 
     model: nn.Module
@@ -51,7 +58,9 @@ class Backbone:
     head: tuple[str, ...]
     pool: nn.Module = field(default_factory=GlobalAveragePool)
     whole: tuple[str, ...] = ()
+    head_pools: bool = False
     source: Mapping[str, Any] | None = None
+    original: nn.Module | None = None
 
     def __post_init__(self) -> None:
         for path in (*self.chain, *self.head, *self.whole):
@@ -73,7 +82,7 @@ class Backbone:
             cuts: the stage at which each level begins; the last ``depth`` stages if None.
 
         Raises:
-            ConfigError: too few stages, or a cut that is no stage or out of order.
+            ConfigError: too few stages, or a cut that is no part of the chain or out of order.
         """
         if cuts is None:
             if depth >= len(self.stages):
@@ -83,7 +92,7 @@ class Backbone:
                 )
             cuts = self.stages[-depth:]
         for cut in cuts:
-            if cut not in self.stages:
+            if cut not in self.chain:
                 raise ConfigError(f"cannot cut at {cut!r}: choose from {', '.join(self.stages)}")
         starts = [self.chain.index(cut) for cut in cuts]
         if starts != sorted(set(starts)) or starts[0] == 0:
@@ -108,19 +117,29 @@ class Backbone:
             copies[path.replace(".", "_")] = module
         return nn.Sequential(copies)
 
-    def pooled_head(self, plan: SlicePlan) -> nn.Sequential:
-        """A copy of the pool and the head, with only the channels of ``plan``."""
-        head = self.section(self.head, plan)
-        return nn.Sequential(OrderedDict(pool=copy.deepcopy(self.pool), **head._modules))
+    def specializer(self, paths: Iterable[str], plan: SlicePlan) -> nn.Sequential:
+        """A copy of the modules at ``paths`` as ``plan`` cuts them, and what it gathers before."""
+        section = self.section(paths, plan)
+        if plan.gather is None:
+            return section
+        return nn.Sequential(OrderedDict(gathered=Gather(*plan.gather), **section._modules))
+
+    def pooled_head(self, plan: SlicePlan | None = None) -> nn.Sequential:
+        """A copy of what turns the last feature into logits, with only the channels of ``plan``."""
+        name = "into_head" if self.head_pools else "pool"
+        parts = {name: copy.deepcopy(self.head_pool), **self.section(self.head, plan)._modules}
+        return nn.Sequential(OrderedDict(parts))
+
+    @property
+    def head_pool(self) -> nn.Module:
+        """What stands before the head: the pool, or nothing where the head does its own."""
+        return nn.Identity() if self.head_pools else self.pool
 
     def check(self, example: Tensor) -> None:
         """Raise :class:`ConversionError` unless chain, pool and head reproduce the model."""
-        model, training = self.model, self.model.training
-        model.eval()
-        try:
+        model = self.original or self.model
+        with evaluating(model, self.model), torch.no_grad():
             expected, found = model(example), self._in_parts(example)
-        finally:
-            model.train(training)
         if (
             found is None
             or found.shape != expected.shape
@@ -137,7 +156,7 @@ class Backbone:
             feature = example
             for module in self.modules(self.chain):
                 feature = module(feature)
-            feature = self.pool(feature)
+            feature = self.head_pool(feature)
             for module in self.modules(self.head):
                 feature = module(feature)
         except RuntimeError:

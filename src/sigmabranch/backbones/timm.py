@@ -75,7 +75,7 @@ def timm_source(model: nn.Module) -> dict[str, Any] | None:
     config = {
         "name": getattr(model, "pretrained_cfg", {}).get("architecture"),
         "num_classes": getattr(model, "num_classes", None),
-        "in_chans": next(model.parameters()).shape[1],
+        "in_chans": _input_channels(model),
     }
     try:
         with torch.device("meta"):
@@ -84,6 +84,11 @@ def timm_source(model: nn.Module) -> dict[str, Any] | None:
         return None
     shapes = [{k: v.shape for k, v in net.state_dict().items()} for net in (model, same)]
     return {"builder": "timm", "config": config} if shapes[0] == shapes[1] else None
+
+
+def _input_channels(model: nn.Module) -> int:
+    """What the first convolution reads."""
+    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 0)
 
 
 def build_timm(config: Mapping[str, Any]) -> nn.Module:

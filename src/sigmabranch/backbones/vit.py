@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, D width, H heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sigmabranch.backbones.base import Backbone, Levels, check_image
+from sigmabranch.backbones.base import Backbone, check_image
+from sigmabranch.backbones.chain import chain_backbone
 from sigmabranch.errors import ConfigError, DataError
 from sigmabranch.fields import from_fields, to_fields
 
@@ -197,23 +198,14 @@ class ViT(nn.Module):
                 nn.init.zeros_(module.bias)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Whole(Backbone):
-    """A network that can be saved and rebuilt, but not yet branched."""
-
-    def levels(self, depth: int, cuts: Sequence[str] | None = None) -> Levels:
-        """Refuse every tree."""
-        raise ConfigError(
-            f"trees for a {type(self.model).__name__} are not there yet: branch a network of "
-            "another family, or compare systems without a tree on this one"
-        )
-
-
 def vit_backbone(model: nn.Module) -> Backbone | None:
-    """How to rebuild a :class:`ViT`, which no tree can cut yet; None for any other module."""
+    """Where to cut a :class:`ViT`: at every block; None for any other module."""
     if not isinstance(model, ViT):
         return None
-    return _Whole(model=model, chain=(), stages=(), head=("head",), source=model.skeleton_source)
+    weight = model.patch_embed.proj.weight
+    side = weight.shape[-1] * math.isqrt(model.pos_embed.shape[1])
+    example = torch.zeros(1, weight.shape[1], side, side, device=weight.device)
+    return replace(chain_backbone(model, example), source=model.skeleton_source)
 
 
 def build_vit(config: Mapping[str, Any]) -> ViT:

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sigmabranch.backbones.base import Backbone, GlobalAveragePool, check_image
+from sigmabranch.backbones.base import Backbone, check_image
+from sigmabranch.backbones.pools import GlobalAveragePool
 from sigmabranch.errors import ConfigError
 from sigmabranch.fields import from_fields, to_fields
 

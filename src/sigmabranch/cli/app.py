@@ -23,6 +23,7 @@ from sigmabranch.cli import (
     finetune,
     pack,
     predict,
+    push,
     quantize,
     recipe,
     run,
@@ -73,6 +74,7 @@ app.command("pack")(pack.command)
 app.command("predict")(predict.command)
 app.command("view")(view.command)
 app.command("quantize")(quantize.command)
+app.command("push")(push.command)
 app.command("recipe")(recipe.command)
 app.command("simulate")(simulate.command)
 app.command("table")(table.command)

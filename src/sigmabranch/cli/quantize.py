@@ -16,8 +16,8 @@ from sigmabranch.cli.screen import Screen, print_result
 from sigmabranch.cli.source import read_source
 from sigmabranch.data import Split
 from sigmabranch.deploy.export import check_format, export_net
-from sigmabranch.deploy.slots import byte_count
 from sigmabranch.saving import load_net
+from sigmabranch.sizes import byte_count
 from sigmabranch.tasks import open_task_data
 from sigmabranch.tasks.provenance import provenance
 

@@ -27,9 +27,9 @@ from sigmabranch.deploy.simulate import (
     path_steps,
     streamed_bytes,
 )
-from sigmabranch.deploy.slots import byte_count
 from sigmabranch.errors import ConfigError
 from sigmabranch.report import simulation_table, write_simulation
+from sigmabranch.sizes import byte_count
 
 RATES = ("25MB", "50MB", "100MB", "200MB", "400MB", "800MB", "1600MB", "12800MB")
 BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)

@@ -9,32 +9,58 @@ Shapes: B batch, C channels, K clusters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sigmabranch.conversion.shards import Shards
+from sigmabranch.conversion.shards import Loader, Shards
 from sigmabranch.errors import ConfigError, ConversionError, DataError, NumericError
 
 
+def as_pair(batch: Any) -> tuple[Tensor, Tensor]:
+    """A batch as (inputs, labels); of inputs alone, the labels are int64 of shape (B, 0).
+
+    Raises:
+        DataError: the batch is neither inputs nor a pair.
+    """
+    parts = [batch] if isinstance(batch, Tensor) else batch
+    fits = isinstance(parts, tuple | list) and len(parts) in (1, 2)
+    if not fits or not all(isinstance(part, Tensor) for part in parts):
+        raise DataError(
+            "each batch of the loader must be a tensor of inputs, or a pair (inputs, labels) of "
+            f"tensors: this one is a {type(batch).__name__}"
+        )
+    x, *labels = parts
+    return x, labels[0] if labels else x.new_empty(len(x), 0, dtype=torch.int64)
+
+
+def has_labels(y: Tensor) -> bool:
+    """Whether :func:`as_pair` found labels; a matter of shape, for which no device is asked."""
+    return y.shape[1:] != (0,)
+
+
 def stream(
-    loader: Iterable[Sequence[Tensor]],
+    loader: Loader,
     samples: int,
     device: torch.device,
     shards: Shards = Shards(),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's batches among the first ``samples`` inputs and labels, on ``device``.
 
+    Where the loader gives no labels, these are as :func:`as_pair` says.
+
     Raises:
         ConfigError: the loader can be read only once.
-        DataError: a batch is no pair, or the loader is empty.
+        DataError: a batch is neither inputs nor a pair, or the loader is empty.
     """
     if iter(loader) is loader:
         raise ConfigError("the loader is used up after one pass: give a list or a DataLoader")
     empty = True
-    for x, y in shards.own(loader, samples):
+    pairs = loader if hasattr(loader, "part") else map(as_pair, loader)
+    for x, y in shards.own(pairs, samples):
         empty = False
         yield x.to(device), y.to(device)
     if empty and shards.world == 1:  # several notice when they meet
@@ -92,7 +118,7 @@ class ChannelSums:
         clusters: K.
     """
 
-    def __init__(self, channels: int, device: torch.device, clusters: int = 2) -> None:
+    def __init__(self, channels: int, device: torch.device, clusters: int) -> None:
         self.clusters = clusters
         self.sum_KC = torch.zeros(clusters, channels, dtype=torch.float64, device=device)
         self.size_K = torch.zeros(clusters, dtype=torch.float64, device=device)

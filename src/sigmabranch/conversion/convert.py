@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sigmabranch.backbones import Backbone, as_backbone
-from sigmabranch.conversion.calibrate import reestimate_norms
+from sigmabranch.conversion.budget import plan_budget
+from sigmabranch.conversion.calibrate import reestimate_norms, stream
 from sigmabranch.conversion.growth import Growth, Progress
 from sigmabranch.conversion.record import ConversionRecord, ConversionSpec, Split
-from sigmabranch.conversion.select import Selection, top_units
 from sigmabranch.conversion.shards import Loader, Shards
 from sigmabranch.errors import ConfigError
 from sigmabranch.net import SigmaBranchNet
@@ -31,6 +31,7 @@ def convert(
     loader: Loader,
     tree: TreeSpec | None = None,
     *,
+    budget: int | str | None = None,
     spec: ConversionSpec | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
@@ -39,10 +40,14 @@ def convert(
     """Branch a dense network (phases 0 to 5).
 
     Args:
-        dense: a network whose family has an adapter, or a :class:`~sigmabranch.backbones.Backbone`
-            that says where to cut. It is read, never changed.
-        loader: (inputs, labels) batches without augmentation; read several times.
+        dense: the network. Where it may be cut is found by its family's adapter or by following its
+            forward; a :class:`~sigmabranch.backbones.Backbone` says it instead. It is read, never
+            changed.
+        loader: (inputs, labels) batches without augmentation; read several times. Inputs alone will
+            do, unless classes are clustered.
         tree: the tree; two levels and four leaves if None.
+        budget: bytes of one path's parameters, such as ``"12MB"``, or ``"40%"`` of the dense; cuts
+            and widths are then solved for it (:func:`~sigmabranch.conversion.plan_budget`).
         spec: how to choose clusters and channels; the paper's way if None.
         device: where to calibrate; the dense network's device if None.
         progress: called with (what, samples done, samples in all).
@@ -59,7 +64,10 @@ def convert(
         NumericError: NaN or infinity in a latent or an activation.
     """
     spec, tree = spec or ConversionSpec(), tree or TreeSpec()
-    growth = Growth(as_backbone(dense), loader, tree, spec, device, shards, progress)
+    backbone = _backbone(dense, loader)
+    if budget is not None:
+        tree = plan_budget(backbone, _first(backbone.model, loader), budget, tree).tree
+    growth = Growth(backbone, loader, tree, spec, device, shards, progress)
     growth.slim_trunk()
     for depth in range(tree.depth):
         nodes = growth.nodes_at(depth)
@@ -69,6 +77,7 @@ def convert(
         growth.cluster(nodes)
         growth.select(nodes)
         growth.add_children(nodes)
+        growth.fit_norms(depth + 1)
         growth.reestimate(depth + 1)
     return growth.finished()
 
@@ -96,12 +105,24 @@ def rebuild(
     if not isinstance(record, ConversionRecord):
         record = ConversionRecord.from_dict(record)
     tree, spec = record.tree, record.conversion
-    growth = Growth(as_backbone(dense), loader, tree, spec, device, Shards(), None)
+    growth = Growth(_backbone(dense, loader), loader, tree, spec, device, Shards(), None)
     if growth.record.source != record.source:
         raise ConfigError("the record belongs to a dense network with other tensors: pass that one")
     growth.record = copy.deepcopy(record)
     growth.build()
     return growth.finished()
+
+
+def _backbone(dense: nn.Module | Backbone, loader: Loader) -> Backbone:
+    """Where ``dense`` may be cut; its forward is followed with the loader's first input."""
+    if isinstance(dense, Backbone):
+        return dense
+    return as_backbone(dense, _first(dense, loader))
+
+
+def _first(model: nn.Module, loader: Loader) -> Tensor:
+    """The loader's first input, where the model is."""
+    return next(stream(loader, 1, next(model.parameters()).device))[0]
 
 
 @torch.no_grad()
@@ -121,14 +142,14 @@ def blueprint(
     tree = tree or TreeSpec()
     spec = ConversionSpec(norm_samples=0, channels="random")
     loader = [(example, torch.zeros(len(example), dtype=torch.int64))]
-    growth = Growth(as_backbone(dense), loader, tree, spec, None, Shards(), None)
+    growth = Growth(_backbone(dense, loader), loader, tree, spec, None, Shards(), None)
     growth.verified = False
     for node in tree.inner:
-        blank = [[0.0] * tree.projection_dim] * 2
+        branches = len(tree.children(node))
         growth.record.splits[node] = Split(
-            gate_weight=blank,
-            gate_bias=[0.0, 0.0],
-            sizes=[0, 0],
+            gate_weight=[[0.0] * tree.projection_dim] * branches,
+            gate_bias=[0.0] * branches,
+            sizes=[0] * branches,
             margin=0.0,
             objective=0.0,
             centroid_cosine=1.0,
@@ -158,19 +179,10 @@ def single_path(
         (B, ...) → (B, V) logits, in eval mode.
     """
     spec, tree = spec or ConversionSpec(), tree or TreeSpec()
-    growth = Growth(as_backbone(dense), loader, tree, spec, device, Shards(), None)
+    growth = Growth(_backbone(dense, loader), loader, tree, spec, device, Shards(), None)
     growth.slim_trunk()
     everything = tuple(range(1, tree.depth + 1))
-    sums = {level: growth.channel_sums(level, clusters=1) for level in everything}
-    for x, _ in growth.stream("activations", spec.samples):
-        for level, pooled_BC in growth.dense_activations(x, 1, tree.depth).items():
-            sums[level].add(pooled_BC, torch.zeros_like(pooled_BC[:, 0], dtype=torch.int64))
-    lineage = []
-    for level in everything:
-        mean_U = growth.unit_means(level, sums[level].mean(Shards(), "the dense network"))[0]
-        chosen = top_units(mean_U, growth.units_kept(level))
-        selection = Selection(shared=chosen, specific=())
-        lineage.append(growth.channels(level, selection, with_head=level == tree.depth))
+    lineage = growth.average_channels()
     section, head, _ = growth.cut(lineage, everything)
     network = nn.Sequential(growth.trunk, section, head)
 

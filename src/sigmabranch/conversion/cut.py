@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -20,6 +22,7 @@ from sigmabranch.coupling import (
     verify_slice,
 )
 from sigmabranch.errors import ConversionError
+from sigmabranch.tree import TreeSpec
 
 
 class Cutter:
@@ -29,39 +32,106 @@ class Cutter:
         backbone: the dense network, in eval mode.
         levels: its trunk and levels.
         coupling: its channel couplings, with the outputs of trunk and levels watched.
+        entry: how levels begin (:attr:`~sigmabranch.tree.TreeSpec.entry`).
 
     Raises:
-        ConversionError: a level hands its input's channels through, so they cannot be cut alone.
+        ConversionError: a level cannot begin in that way.
     """
 
-    def __init__(self, backbone: Backbone, levels: Levels, coupling: CouplingMap) -> None:
+    def __init__(
+        self, backbone: Backbone, levels: Levels, coupling: CouplingMap, entry: str | None
+    ) -> None:
         self.backbone, self.levels, self.coupling = backbone, levels, coupling
         self.state = backbone.model.state_dict()
         self.outputs = levels.outputs()
-        spaces = [coupling.space_of_output(path).name for path in self.outputs]
+        self.entries = self._entries(entry)
+
+    def _entries(self, entry: str | None) -> tuple[str, ...]:
+        """How each level begins: a level that makes channels anew can project, others cannot."""
+        spaces = [self.coupling.space_of_output(path).name for path in self.outputs]
+        entries = []
         for level, (before, after) in enumerate(pairwise(spaces)):
-            if before == after:
+            if entry == "inner" or (before == after and entry is None):
+                entries.append("inner")
+            elif before != after:
+                entries.append("project")
+            elif entry == "gather":
+                self._check_gather(level)
+                entries.append("gather")
+            else:
                 raise ConversionError(
                     f"{self.outputs[level + 1]} hands its input's channels through (an identity "
-                    f"shortcut), so no level can begin at {levels.levels[level][0]}: "
-                    "cut where the network changes its width"
+                    f"shortcut), so no level can project at {self.levels.levels[level][0]}: "
+                    "cut where the network changes its width, or use entry=inner or entry=gather"
                 )
+        return tuple(entries)
+
+    def _check_gather(self, level: int) -> None:
+        before, after = (
+            self.coupling.output_axis(path).units for path in self.outputs[level : level + 2]
+        )
+        if not torch.equal(before, after):
+            raise ConversionError(
+                f"{self.outputs[level + 1]} adds channels to those of its input, so none can be "
+                "gathered from there alone: use entry=inner"
+            )
 
     def unit_of_channel(self, level: int) -> Tensor:
         """(C,) int64: which channels of a level's output stand or fall together (0: the trunk)."""
         unit_C = self.coupling.output_axis(self.outputs[level]).units
         return torch.unique(unit_C, return_inverse=True)[1]
 
-    def inner(self, paths: Iterable[str], share: float) -> dict[str, list[int]]:
-        """The strongest inner channels below ``paths`` by L1 norm, a ``share`` of each group.
+    def inner_kept(
+        self, paths: Iterable[str], share: float, heads: float | None = None
+    ) -> dict[str, int]:
+        """How many units of each inner group below ``paths`` are kept.
 
-        They do not depend on the branch (paper, section III-C: planes by L1 norm).
+        Args:
+            paths: modules.
+            share: of the channels of each group.
+            heads: share of the attention heads; None keeps them all.
         """
-        chosen = {}
-        for space in self.coupling.inner_spaces(tuple(paths)):
-            score = unit_scores_l1(self.coupling, self.state, space)
-            chosen[space.name] = list(top_units(score, max(1, round(len(space) * share))))
-        return chosen
+        kept = {}
+        for name, units, are_heads in self._inner_groups(tuple(paths)):
+            part = heads if are_heads else share
+            if part is not None:
+                kept[name] = max(1, round(units * part))
+        return kept
+
+    @cache  # noqa: B019 (as short-lived as the cutter)
+    def _inner_groups(self, paths: tuple[str, ...]) -> list[tuple[str, int, bool]]:
+        """Name, units and whether they are heads of every inner group below ``paths``."""
+        handed_on = (*self.outputs, self.backbone.head[-1], *self.backbone.whole)
+        return [
+            (space.name, len(space), self.coupling.is_heads(space))
+            for space in self.coupling.inner_spaces(paths, handed_on)
+        ]
+
+    def inexact(self, tree: TreeSpec) -> tuple[str, ...]:
+        """Why cuts of ``tree``, which has shares for every level, change what other channels do.
+
+        One reason for each kind of operation, the first that is met.
+        """
+        cut = [
+            self.coupling.output_axis(end).units
+            for end, entry in zip(self.outputs[1:], self.entries, strict=True)
+            if entry != "inner"
+        ]
+        for level, share in enumerate(tree.shares or ()):
+            heads = tree.heads[level] if tree.heads else None
+            for name in self.inner_kept(self.levels.levels[level], share, heads):
+                cut.append(self.coupling.space(name).units)
+        found: dict[str, str] = {}
+        for unit in torch.cat(cut).unique().tolist() if cut else ():
+            if unit in self.coupling.inexact:
+                reason = self.coupling.inexact[unit]
+                found.setdefault(reason.split()[0], reason)
+        return tuple(found.values())
+
+    def strongest(self, group: str, count: int) -> list[int]:
+        """The strongest units of an inner group by L1 norm (paper, section III-C, for planes)."""
+        score_U = unit_scores_l1(self.coupling, self.state, self.coupling.space(group))
+        return list(top_units(score_U, count))
 
     def trunk(self, share: float, example: Tensor | None) -> tuple[nn.Sequential, SlicePlan]:
         """The trunk with a share of the channels that do not leave it, and its plan.
@@ -75,8 +145,8 @@ class Cutter:
         """
         paths = self.levels.trunk
         keep: dict[Space | str, Tensor] = {
-            name: self.coupling.space(name).units[positions]
-            for name, positions in self.inner(paths, share).items()
+            name: self.coupling.space(name).units[self.strongest(name, count)]
+            for name, count in self.inner_kept(paths, share).items()
         }
         plan = plan_slices(self.backbone.model, self.coupling, keep).restrict(paths)
         section = self.backbone.section(paths, plan).eval()
@@ -85,10 +155,30 @@ class Cutter:
             verify_slice(model, paths, section, example, coupling=self.coupling, keep=keep)
         return section, plan
 
-    def plan(self, lineage: Sequence[NodeChannels], paths: Iterable[str]) -> SlicePlan:
+    def plan(
+        self,
+        lineage: Sequence[NodeChannels],
+        paths: Iterable[str],
+        gather: tuple[int, Tensor] | None = None,
+    ) -> SlicePlan:
         """What to keep of the modules at ``paths``, given the channels chosen from level 1 down."""
         plan = plan_slices(self.backbone.model, self.coupling, self._keep(lineage))
-        return plan.restrict(tuple(paths))
+        return replace(plan.restrict(tuple(paths)), gather=gather)
+
+    def gather(self, lineage: Sequence[NodeChannels], level: int) -> tuple[int, Tensor] | None:
+        """Where a level gathers: its input's channel dimension, and which positions it takes.
+
+        Args:
+            lineage: the channels chosen from level 1 down to ``level``.
+            level: the first that the specializer runs.
+        """
+        if self.entries[level - 1] != "gather":
+            return None
+        given = torch.arange(len(self.unit_of_channel(level)))
+        if level > 1:
+            given = torch.tensor(lineage[level - 2].kept)
+        taken = torch.isin(given, torch.tensor(lineage[level - 1].kept))
+        return self.coupling.output_axis(self.outputs[level]).dim, taken.nonzero().flatten()
 
     def verify(
         self,
@@ -131,12 +221,18 @@ class Cutter:
         )
 
     def _keep(self, lineage: Sequence[NodeChannels]) -> dict[Space | str, Tensor]:
-        """Space → units kept."""
+        """Space → units kept.
+
+        A level may end with a part of its space, as where a dense block adds to its input; the
+        others stay. Of a residual stream every level takes away more.
+        """
         keep: dict[Space | str, Tensor] = {}
         for channels in lineage:
             unit_C = self.coupling.output_axis(channels.stage).units
-            name = self.coupling.space_of_output(channels.stage).name
-            keep[name] = unit_C[channels.kept].unique()
+            space = self.coupling.space_of_output(channels.stage)
+            left = keep.get(space.name, space.units)
+            gone = unit_C[~torch.isin(unit_C, unit_C[channels.kept])]
+            keep[space.name] = left[~torch.isin(left, gone)]
             for inner, positions in channels.inner.items():
                 keep[inner] = self.coupling.space(inner).units[positions]
         return keep

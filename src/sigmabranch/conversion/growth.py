@@ -11,7 +11,7 @@ Shapes: B batch, N samples, C channels, D latent length, K clusters, V classes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain
@@ -25,19 +25,15 @@ from sigmabranch.conversion.calibrate import (
     ChannelSums,
     Moments,
     batch_norms,
+    has_labels,
     reestimate_norms,
     saw_data,
     stream,
 )
+from sigmabranch.conversion.choice import ChannelChoice
 from sigmabranch.conversion.cluster import spherical_kmeans
-from sigmabranch.conversion.cut import Cutter
 from sigmabranch.conversion.record import ConversionRecord, ConversionSpec, NodeChannels, Split
-from sigmabranch.conversion.select import (
-    Selection,
-    select_at_random,
-    select_by_activation,
-    select_evenly,
-)
+from sigmabranch.conversion.refit import NormFit, cut_norms, listening
 from sigmabranch.conversion.shards import Loader, Shards
 from sigmabranch.coupling import SlicePlan, fingerprint, trace
 from sigmabranch.errors import ConfigError, ConversionError, DataError
@@ -63,28 +59,46 @@ class Growth:
     ) -> None:
         device = torch.device(device or next(backbone.model.parameters()).device)
         self.backbone = replace(backbone, model=copy.deepcopy(backbone.model).eval().to(device))
+        _check_pairs(tree, spec)
         self.loader, self.tree, self.spec = loader, tree, spec
         self.device, self.shards, self.progress = device, shards, progress
         self.levels = backbone.levels(tree.depth, tree.cuts)
         self.trunk = self.backbone.section(self.levels.trunk)
         self.until, self.rest = split_trunk(self.trunk, tree.decide_after)
-        self.example = next(stream(loader, 2, device))[0]
-        self.backbone.check(self.example)
+        self.example, labels = next(stream(loader, 2, device))
+        if spec.clusters == "classes" and not has_labels(labels):
+            raise DataError(
+                "clusters=classes needs labels: yield (inputs, labels), or set clusters=latents"
+            )
+        backbone.check(self.example.to(next(backbone.model.parameters()).device))
         watched = (*self.levels.outputs(), self.backbone.head[-1], *self.backbone.whole)
         coupling = trace(self.backbone.model, self.example[:1], watch=watched)
-        self.cutter = Cutter(self.backbone, self.levels, coupling)
-        source_widths = [len(coupling.output_axis(end).units) for end in self.levels.outputs()[1:]]
+        self.choice = ChannelChoice(self.backbone, self.levels, coupling, tree, spec)
+        self.cutter = self.choice.cutter
         self.record = ConversionRecord(
             tree=tree,
             conversion=spec,
             source=fingerprint(self.backbone.model.state_dict()),
-            widths=tree.level_widths(source_widths),
+            widths=self.choice.widths,
+            shares=self.choice.shares,
         )
+        self._check_pool()
         self.specializers: dict[NodeId, nn.Module] = {}
         self.routers: dict[NodeId, Router] = {}
         self.heads: dict[NodeId, nn.Module] = {}
         self.plans: dict[NodeId, SlicePlan] = {(): self.cutter.plan([], self.levels.trunk)}
         self.verified = True  # false only for networks whose weights mean nothing
+
+    def _check_pool(self) -> None:
+        """Refuse a pool that does not see the channels that are cut."""
+        seen = self.choice.activations(self.example, 0, self.tree.depth)
+        for level, end in enumerate(self.levels.outputs()):
+            channels = len(self.cutter.unit_of_channel(level))
+            if seen[end].shape[1:] != (channels,):
+                raise ConversionError(
+                    f"the pool makes {tuple(seen[end].shape[1:])} of the output of {end}, which "
+                    f"has {channels} channels: describe the network with a Backbone of its own"
+                )
 
     def nodes_at(self, depth: int) -> list[NodeId]:
         """The inner nodes at that depth."""
@@ -114,6 +128,7 @@ class Growth:
         for depth in range(self.tree.depth):
             self.add_routers(self.nodes_at(depth))
             self.add_children(self.nodes_at(depth))
+            self.fit_norms(depth + 1)
             self.reestimate(depth + 1)
 
     # Routers and clusters (phases 1 and 3).
@@ -124,7 +139,12 @@ class Growth:
             channels = self._router_channels(node)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self._seed(node))
-                router = Router(channels, copy.deepcopy(self.backbone.pool), self.tree)
+                router = Router(
+                    channels,
+                    copy.deepcopy(self.backbone.pool),
+                    self.tree,
+                    branches=len(self.tree.children(node)),
+                )
             self.routers[node] = router.eval().to(self.device)
             if node in self.record.splits:
                 self._set_gate(node)
@@ -157,7 +177,7 @@ class Growth:
             linear.bias[: len(kept)] = -kept @ mean_C.to(kept)
 
     def cluster(self, nodes: Sequence[NodeId]) -> None:
-        """Collect the latents at the nodes and split each node's samples in two."""
+        """Collect the latents at the nodes and split each node's samples among its branches."""
         latents: dict[NodeId, list[Tensor]] = {node: [] for node in nodes}
         labels: dict[NodeId, list[Tensor]] = {node: [] for node in nodes}
         samples = torch.zeros((), dtype=torch.int64)
@@ -193,6 +213,7 @@ class Growth:
     def _split(self, node: NodeId, latent_ND: Tensor, label_N: Tensor) -> Split:
         cluster = partial(
             spherical_kmeans,
+            clusters=len(self.tree.children(node)),
             restarts=self.spec.restarts,
             centred=self.spec.centred,
             seed=self._seed(node),
@@ -240,108 +261,63 @@ class Growth:
         """Choose every child's channels from the dense activations of its cluster."""
         means = self._channel_means(nodes) if self.spec.channels == "activation" else {}
         for node in nodes:
-            for stages in means.get(node, {}).items():
-                self.record.splits[node].channel_mean[stages[0]] = stages[1].tolist()
-            first = len(node) + 1
-            chosen = {
-                level: self._selections(node, level, means)
-                for level in range(first, self._deepest(node) + 1)
-            }
-            for branch in (0, 1):
-                child = (*node, branch)
-                is_leaf = child in self.tree.leaves
-                self.record.nodes[child] = [
-                    self.channels(
-                        level,
-                        chosen[level][branch],
-                        with_head=is_leaf and level == self.tree.depth,
-                    )
-                    for level in self.tree.levels_of(child)
-                ]
+            mean = means.get(node, {})
+            for stage in mean.keys() & set(self.levels.outputs()):
+                self.record.splits[node].channel_mean[stage] = mean[stage].tolist()
+            children = self.tree.children(node)
+            chosen = self.choice.for_children(
+                len(children),
+                range(len(node) + 1, self._deepest(node) + 1),
+                mean,
+                self.record.nodes[node][-1].kept if node else None,
+                partial(_generator, self._seed(node)),
+            )
+            for child, stages in zip(children, chosen, strict=True):
+                self.record.nodes[child] = stages[: len(self.tree.levels_of(child))]
 
     def _deepest(self, node: NodeId) -> int:
-        return max(self.tree.levels_of((*node, branch))[-1] for branch in (0, 1))
+        return max(self.tree.levels_of(child)[-1] for child in self.tree.children(node))
 
     def _channel_means(self, nodes: Sequence[NodeId]) -> dict[NodeId, dict[str, Tensor]]:
-        """Mean pooled activation of each source channel over each cluster of each node."""
+        """What the source channels of all levels below do in each cluster of each node."""
         depth, deepest = len(nodes[0]), max(map(self._deepest, nodes))
         sums = {
-            (node, level): self.channel_sums(level)
+            node: self._channel_sums(depth + 1, self._deepest(node), len(self.tree.children(node)))
             for node in nodes
-            for level in range(depth + 1, self._deepest(node) + 1)
         }
         for x, y in self.stream(f"activations below level {depth}", self.spec.samples):
-            pooled = self.dense_activations(x, depth + 1, deepest)
+            found = self.choice.activations(x, depth + 1, deepest)
             for node, seen, rows in self._arrivals(x, y, depth):
-                branch = self._branch(node, seen, y[rows])
-                for level in range(depth + 1, self._deepest(node) + 1):
-                    sums[node, level].add(pooled[level][rows], branch)
-        outputs = self.levels.outputs()
-        means: dict[NodeId, dict[str, Tensor]] = {node: {} for node in nodes}
-        for (node, level), total in sums.items():
-            means[node][outputs[level]] = total.mean(self.shards, outputs[level])
-        return means
+                branch_B = self._branch(node, seen, y[rows])
+                for name, total in sums[node].items():
+                    total.add(found[name][rows], branch_B)
+        return {node: self._means(sums[node]) for node in nodes}
 
-    def channel_sums(self, level: int, clusters: int = 2) -> ChannelSums:
-        """Nothing yet of the activations behind that level."""
-        return ChannelSums(len(self.cutter.unit_of_channel(level)), self.device, clusters)
+    def _channel_sums(self, first: int, last: int, clusters: int) -> dict[str, ChannelSums]:
+        """Nothing yet of what is measured of those levels."""
+        sizes = self.choice.measured(first, last)
+        return {name: ChannelSums(size, self.device, clusters) for name, size in sizes.items()}
 
-    def dense_activations(self, x: Tensor, first: int, last: int) -> dict[int, Tensor]:
-        """Pooled (B, C) output of the dense network after each of the levels first..last."""
-        pooled, feature = {}, x
-        for level, paths in enumerate((self.levels.trunk, *self.levels.levels[:last])):
-            for module in self.backbone.modules(paths):
-                feature = module(feature)
-            if level >= first:
-                pooled[level] = self.backbone.pool(feature)
-        return pooled
+    def _means(self, sums: Mapping[str, ChannelSums]) -> dict[str, Tensor]:
+        return {name: total.mean(self.shards, name) for name, total in sums.items()}
 
-    def _selections(
-        self, node: NodeId, level: int, means: dict[NodeId, dict[str, Tensor]]
-    ) -> list[Selection]:
-        """Both branches' units of one level."""
-        width = self.units_kept(level)
-        units = int(self.cutter.unit_of_channel(level).max()) + 1
-        if self.spec.channels == "random":
-            generator = torch.Generator().manual_seed(self._seed(node) + level)
-            return select_at_random(units, width, generator)
-        if self.spec.channels == "uniform":
-            return select_evenly(units, width)
-        mean_KU = self.unit_means(level, means[node][self.levels.outputs()[level]])
-        return select_by_activation(mean_KU, width, self.spec.shared_fraction)
-
-    def units_kept(self, level: int) -> int:
-        """How many units a node of that level keeps; a unit is one channel or several tied ones."""
-        unit_C = self.cutter.unit_of_channel(level)
-        units = int(unit_C.max()) + 1
-        return max(1, self.record.widths[level - 1] * units // len(unit_C))
-
-    def unit_means(self, level: int, mean_KC: Tensor) -> Tensor:
-        """Means per unit (K, U) from means per channel (K, C)."""
-        unit_C = self.cutter.unit_of_channel(level).to(mean_KC.device)
-        units = int(unit_C.max()) + 1
-        sum_KU = mean_KC.new_zeros(len(mean_KC), units).index_add_(1, unit_C, mean_KC)
-        return sum_KU / torch.bincount(unit_C, minlength=units)
-
-    def channels(self, level: int, selection: Selection, *, with_head: bool) -> NodeChannels:
-        """Units to channels of the dense network, with the inner channels of the same level."""
-        unit_C = self.cutter.unit_of_channel(level)
-        paths = self.levels.levels[level - 1] + (self.backbone.head if with_head else ())
-        return NodeChannels(
-            stage=self.levels.outputs()[level],
-            shared=_positions(unit_C, selection.shared),
-            specific=_positions(unit_C, selection.specific),
-            kept=_positions(unit_C, selection.kept),
-            inner=self.cutter.inner(paths, self.record.widths[level - 1] / len(unit_C)),
-        )
+    def average_channels(self) -> list[NodeChannels]:
+        """The channels of every level that do most over all samples."""
+        sums = self._channel_sums(1, self.tree.depth, clusters=1)
+        for x, _ in self.stream("activations", self.spec.samples):
+            everyone = torch.zeros(len(x), dtype=torch.int64, device=self.device)
+            found = self.choice.activations(x, 1, self.tree.depth)
+            for name, total in sums.items():
+                total.add(found[name], everyone)
+        return self.choice.on_average(self._means(sums))
 
     # Modules (phases 0, 2, 4 and 5).
 
     def add_children(self, nodes: Sequence[NodeId]) -> None:
         """Copy the chosen channels into the children of ``nodes`` and check the copies."""
         for node in nodes:
-            for branch in (0, 1):
-                self._add_specializer((*node, branch))
+            for child in self.tree.children(node):
+                self._add_specializer(child)
 
     def _add_specializer(self, child: NodeId) -> None:
         lineage = [
@@ -364,24 +340,27 @@ class Growth:
             levels: which levels' stages the specializer runs.
         """
         paths = [path for level in levels for path in self.levels.levels[level - 1]]
-        plan = self.cutter.plan(lineage, (*paths, *self.backbone.head))
-        section = self.backbone.section(paths, plan).eval()
+        gather = self.cutter.gather(lineage, levels[0])
+        plan = self.cutter.plan(lineage, (*paths, *self.backbone.head), gather)
+        section = self.backbone.specializer(paths, plan).eval()
         head = self.backbone.pooled_head(plan).eval()
         error = 0.0
         if self.verified:
-            error = self.cutter.verify(section, lineage, levels, self.example)
+            body = section if gather is None else section[1:]
+            error = self.cutter.verify(body, lineage, levels, self.example)
         if self.verified and levels[-1] == self.tree.depth:
-            error = max(error, self.cutter.verify_head(head[1:], lineage, self.pooled_example))
+            error = max(error, self.cutter.verify_head(head[1:], lineage, self.head_example))
         for channels in lineage[-len(levels) :]:
             channels.max_error = error
         return section, head, plan
 
     @cached_property
-    def pooled_example(self) -> Tensor:
-        """What the dense network's head sees of the example."""
-        return self.dense_activations(self.example, self.tree.depth, self.tree.depth)[
-            self.tree.depth
-        ]
+    def head_example(self) -> Tensor:
+        """What the dense network's head is given for the example."""
+        feature: Any = self.example
+        for module in self.backbone.modules(self.backbone.chain):
+            feature = module(feature)
+        return self.backbone.head_pool(feature)
 
     def reestimate(self, depth: int) -> None:
         """Re-estimate the batch norms of the nodes at ``depth`` on their own samples."""
@@ -405,6 +384,34 @@ class Growth:
         for node, parts in modules.items():
             for channels in self.record.nodes[node]:
                 channels.norm_reestimated = any(map(saw_data, batch_norms(parts)))
+
+    def fit_norms(self, depth: int) -> None:
+        """Fit the layer norms that lost channels, for the nodes at ``depth``, on their samples."""
+        fits = {
+            node: self._cut_norms(node) for node in self.tree.specializers if len(node) == depth
+        }
+        paths = [fit.path for fit in chain.from_iterable(fits.values())]
+        most = self.spec.norm_samples
+        if self.spec.affine_samples is not None:
+            most = self.spec.affine_samples
+        if not paths or not most:
+            return
+        for x, y in self.stream(f"layer norms of level {depth}", min(self.spec.samples, most)):
+            rows = {node: rows for node, _, rows in self._entries(self.until(x), y, depth)}
+            with listening(self.backbone, paths, partial(_fit, fits, rows)):
+                self.backbone.model(x)
+        for fit in chain.from_iterable(fits.values()):
+            fit.finished(self.shards)
+
+    def _cut_norms(self, node: NodeId) -> list[NormFit]:
+        paths = [
+            path for level in self.tree.levels_of(node) for path in self.levels.levels[level - 1]
+        ]
+        found = cut_norms(self.backbone, paths, self.specializers[node], self.plans[node])
+        if node in self.heads:
+            head = self.backbone.head
+            found += cut_norms(self.backbone, head, self.heads[node], self.plans[node])
+        return found
 
     def finished(self) -> SigmaBranchNet:
         """The branched network, with everything that was decided."""
@@ -450,10 +457,10 @@ class Growth:
     ) -> Iterator[tuple[NodeId, Any, Tensor]]:
         feature = self._run(node, feature)
         branch_B = self._branch(node, self._read(feature, early, rows), y[rows])
-        for branch in (0, 1):
-            chosen = (branch_B == branch).nonzero().flatten()
+        for child in self.tree.children(node):
+            chosen = (branch_B == child[-1]).nonzero().flatten()
             if len(chosen):
-                yield (*node, branch), take(feature, chosen), rows[chosen]
+                yield child, take(feature, chosen), rows[chosen]
 
     def _run(self, node: NodeId, feature: Any) -> Any:
         return (self.specializers[node] if node else self.rest)(feature)
@@ -482,11 +489,42 @@ class Growth:
                 self.progress(what, min(done, own), own)
 
     def _seed(self, node: NodeId) -> int:
-        """A seed of its own for every node."""
-        number = int("1" + "".join(map(str, node)), 2)
+        """A seed of its own for every node.
+
+        A path of branches 0 and 1 is read as a binary number; any other with the digits that the
+        tree needs, and as a negative one.
+        """
+        is_binary = max(node, default=0) < 2
+        base, number = 2 if is_binary else self.tree.most_branches, 1
+        for branch in node:
+            number = base * number + branch
+        number = number if is_binary else -number
         return self.spec.seed * 100_003 + number
 
 
-def _positions(unit_C: Tensor, units: Sequence[int]) -> list[int]:
-    chosen_C = torch.isin(unit_C.cpu(), torch.tensor(units, dtype=torch.int64))
-    return chosen_C.nonzero().flatten().tolist()
+def _generator(seed: int, level: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed + level)
+
+
+def _fit(
+    fits: Mapping[NodeId, Sequence[NormFit]],
+    rows: Mapping[NodeId, Tensor],
+    path: str,
+    given: Tensor,
+    returned: Tensor,
+) -> None:
+    """Count what one dense norm did with each node's rows of the batch."""
+    for node, chosen in rows.items():
+        for fit in fits[node]:
+            if fit.path == path:
+                fit.add(given[chosen], returned[chosen])
+
+
+def _check_pairs(tree: TreeSpec, spec: ConversionSpec) -> None:
+    """Refuse to halve the samples of a node with more than two branches."""
+    if (spec.balanced or spec.clusters == "classes") and tree.most_branches > 2:
+        setting = "balanced=true" if spec.balanced else "clusters=classes"
+        raise ConfigError(
+            f"conversion {setting} halves the samples, but a node of the tree has "
+            f"{tree.most_branches} branches: use clusters=latents without it, or a binary tree"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -24,17 +25,23 @@ class ConversionSpec:
     Attributes:
         samples: at most this many calibration samples are read (N_max).
         clusters: ``"latents"`` (spherical k-means, the paper) or ``"classes"`` (balanced k-means
-            on the class means of the latents; needs labels).
+            on the class means of the latents; needs labels and a binary tree).
         channels: ``"activation"`` (the paper), ``"random"`` (its ablation), or ``"uniform"``
-            (evenly spaced, the same for both branches).
-        shared_fraction: ρ, the part of a branch's channels that both branches share.
+            (evenly spaced, the same for all branches).
+        shared_fraction: ρ, the part of a branch's channels that all branches share.
         projection: ``"random"`` (the paper) or ``"pca"``, the principal axes of the features that a
             router reads.
         centred: subtract the mean latent before clustering; the router's bias takes it up.
-        balanced: force equally large clusters.
+        balanced: force equally large clusters; needs a binary tree.
         restarts: seedings of k-means.
         norm_samples: samples per pass that re-estimate the batch norms of new nodes; 0 keeps the
             dense network's statistics.
+        inner: how the channels inside a level's blocks are chosen: ``"norm"``, the same for all
+            branches by L1 norm (the paper, for bottleneck planes), or ``"activation"``, as the
+            level's outputs are. None chooses by norm where the outputs are cut and by activation
+            where they are kept whole.
+        affine_samples: samples on which layer norms that lost channels are fitted to what the dense
+            ones give; 0 leaves their scales and shifts, None fits on ``norm_samples``.
         seed: of the random projections, the seedings and the random choice; a task adds its run's
             seed to it.
     """
@@ -48,6 +55,8 @@ class ConversionSpec:
     balanced: bool = False
     restarts: int = 10
     norm_samples: int = 4096
+    inner: str | None = None
+    affine_samples: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -57,6 +66,8 @@ class ConversionSpec:
                 raise ConfigError(
                     f"unknown conversion {name} {getattr(self, name)!r}: choose from {known}"
                 )
+        if self.inner not in (None, *_INNER):
+            raise ConfigError(f"unknown conversion inner {self.inner!r}: choose from {_INNER}")
         if not 0 <= self.shared_fraction <= 1:
             raise ConfigError(f"shared_fraction must be in [0, 1], got {self.shared_fraction}")
         if self.samples < 1 or self.restarts < 1 or self.norm_samples < 0:
@@ -74,6 +85,7 @@ class ConversionSpec:
 
 _CLUSTERS = ("latents", "classes")
 _CHANNELS = ("activation", "random", "uniform")
+_INNER = ("norm", "activation")
 _PROJECTIONS = ("random", "pca")
 
 
@@ -85,7 +97,7 @@ class Split:
         gate_weight, gate_bias: the router's K×D weights and K biases.
         sizes: samples per cluster.
         margin, objective: see :class:`~sigmabranch.conversion.cluster.Clusters`.
-        centroid_cosine: cosine of the two centroids.
+        centroid_cosine: cosine of the two centroids; of more, the largest of two.
         class_branch: class → branch, where the clusters are made of classes.
         projection_weight, projection_bias: the latent's D×C weights and D biases, where they are
             not random.
@@ -112,7 +124,7 @@ class Split:
             sizes=list(clusters.sizes),
             margin=clusters.margin,
             objective=clusters.objective,
-            centroid_cosine=float(clusters.centroid[0] @ clusters.centroid[1]),
+            centroid_cosine=max(float(a @ b) for a, b in combinations(clusters.centroid, 2)),
         )
 
 
@@ -146,6 +158,7 @@ class ConversionRecord:
         tree, conversion: what was asked for.
         source: SHA-256 of the dense network's tensor names and shapes.
         widths: output channels per level.
+        shares: share of the inner channels kept per level.
         samples: calibration samples read.
         splits: inner node → its decision.
         nodes: specializer → its channels.
@@ -155,6 +168,7 @@ class ConversionRecord:
     conversion: ConversionSpec
     source: str
     widths: tuple[int, ...]
+    shares: tuple[float, ...] = ()
     samples: int = 0
     splits: dict[NodeId, Split] = field(default_factory=dict)
     nodes: dict[NodeId, list[NodeChannels]] = field(default_factory=dict)
@@ -167,6 +181,7 @@ class ConversionRecord:
             "conversion": self.conversion.to_dict(),
             "source": self.source,
             "widths": list(self.widths),
+            "shares": list(self.shares),
             "samples": self.samples,
             "splits": {node_key(node): asdict(split) for node, split in self.splits.items()},
             "nodes": {
@@ -194,6 +209,7 @@ class ConversionRecord:
                 conversion=ConversionSpec.from_dict(value["conversion"]),
                 source=value["source"],
                 widths=tuple(value["widths"]),
+                shares=tuple(value.get("shares", ())),
                 samples=value["samples"],
                 splits={names[key]: Split(**split) for key, split in value["splits"].items()},
                 nodes={

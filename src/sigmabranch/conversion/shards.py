@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sigmabranch.errors import DataError
 
-Loader: TypeAlias = Iterable[Sequence[Tensor]]
+# Batches are pairs (inputs, labels), or inputs alone where labels are not needed.
+Loader: TypeAlias = Iterable[Tensor | Sequence[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +103,12 @@ def _first(loader: Loader, samples: int | None) -> Iterator[Sequence[Tensor]]:
     """The first so many samples of a loader, its last batch cut."""
     left = samples
     for batch in loader:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise DataError("each batch of the loader must be a pair (inputs, labels)")
+        if (
+            not isinstance(batch, tuple | list)
+            or len(batch) != 2
+            or not all(isinstance(part, Tensor) for part in batch)
+        ):
+            raise DataError("each batch of the loader must be a pair (inputs, labels) of tensors")
         if left is None:
             yield batch
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sigmabranch.coupling.map import Axis, CouplingMap, Role, Space
 from sigmabranch.coupling.units import Units, distinct, varying
-from sigmabranch.errors import ConversionError, UnsupportedOperation
+from sigmabranch.errors import ConversionError
 
 Key = tuple[str, int]
 Reasons = list[tuple[Tensor, str]]
@@ -27,6 +27,7 @@ class Findings:
         roles: (layer weight, axis) -> what it does to its units.
         fixed: (units that cannot be dropped, why).
         inexact: (units that cannot be dropped exactly, why).
+        counts: (module, attribute) -> the units that the attribute counts.
     """
 
     watched: dict[str, list[tuple[Tensor | None, torch.Size]] | None]
@@ -35,6 +36,7 @@ class Findings:
     roles: dict[Key, Role] = field(default_factory=dict)
     fixed: Reasons = field(default_factory=list)
     inexact: Reasons = field(default_factory=list)
+    counts: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
 
 def assemble(model: nn.Module, units: Units, findings: Findings) -> CouplingMap:
@@ -61,9 +63,13 @@ def assemble(model: nn.Module, units: Units, findings: Findings) -> CouplingMap:
         roles={
             (alias, axis): roles[name, axis] for name, axis in vectors for alias in aliases[name]
         },
-        outputs={name: _output(name, found, number) for name, found in findings.watched.items()},
+        outputs={
+            name: _output(name, found, lambda ids: number(units.compact(ids)))
+            for name, found in findings.watched.items()
+        },
         fixed=number.reasons(fixed),
         inexact=number.reasons(findings.inexact),
+        counts={where: number(ids) for where, ids in findings.counts.items()},
         spaces=_spaces(vectors, roles),
     )
 
@@ -108,8 +114,10 @@ def _channel_axis(labels: Tensor, shape: torch.Size) -> Axis | None:
 
 
 def _output(
-    name: str, found: list[tuple[Tensor | None, torch.Size]] | None, number: _Numbering
-) -> tuple[Axis | None, ...]:
+    name: str,
+    found: list[tuple[Tensor | None, torch.Size]] | None,
+    number: Callable[[Tensor], Tensor],
+) -> tuple[Axis | str | None, ...]:
     if found is None:
         raise ConversionError(f"watched module {name!r} did not run on the example input")
     return tuple(
@@ -118,12 +126,12 @@ def _output(
     )
 
 
-def _output_axis(name: str, labels: Tensor, shape: torch.Size) -> Axis | None:
+def _output_axis(name: str, labels: Tensor, shape: torch.Size) -> Axis | str | None:
     if not bool(labels.any()):
         return None
     axis = _channel_axis(labels, shape)
     if axis is None:
-        raise UnsupportedOperation(
+        return (
             f"module {name!r} returns channels along more than one dimension of a tensor of shape "
             f"{tuple(shape)}: cut at another module"
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import TypeAlias
 
 import torch
@@ -38,7 +39,7 @@ def plan_slices(model: nn.Module, coupling: CouplingMap, keep: Keep) -> SlicePla
                 positions.setdefault(name, {})[axis] = stays.nonzero().flatten()
     return SlicePlan(
         keep=positions,
-        edits=dict(_edits(model, positions)),
+        edits=_merged(_edits(model, positions), _recounted(coupling, dropped)),
         source=fingerprint(model.state_dict()),
     )
 
@@ -64,6 +65,21 @@ def dropped_units(coupling: CouplingMap, keep: Keep) -> Tensor:
                 )
         dropped.append(gone)
     return torch.unique(torch.cat(dropped))
+
+
+def _merged(*edits: Iterable[tuple[str, dict[str, Value]]]) -> dict[str, dict[str, Value]]:
+    merged: dict[str, dict[str, Value]] = {}
+    for path, edit in chain(*edits):
+        merged.setdefault(path, {}).update(edit)
+    return merged
+
+
+def _recounted(coupling: CouplingMap, dropped: Tensor) -> Iterator[tuple[str, dict[str, Value]]]:
+    """Attributes that count units, where units are dropped."""
+    for (path, attribute), units in coupling.counts.items():
+        gone = int(torch.isin(units, dropped).sum())
+        if gone:
+            yield path, {attribute: len(units) - gone}
 
 
 def _edits(

@@ -6,6 +6,7 @@ rows make new ones. Normalisation passes units on and ties its own parameters to
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +26,13 @@ def convolution(tracer: Tracer, call: Call) -> None:
     weight = tracer.weight(call["weight"]) or tracer.refuse(call, "has a computed weight")
     if transposed and groups > 1:
         tracer.refuse(call, "is grouped and transposed")
-    labels = tracer.settle(tracer.labels(x), range(2, x.ndim), "convolution across channels")
+    labels = tracer.labels(x)
+    if 1 == x.shape[1] == call.out.shape[1] and x.shape == call.out.shape and varying(labels):
+        # A window that slides over the channels: each makes itself anew with its neighbours' help.
+        tracer.blur(labels, "convolution across channels")
+        tracer.mark(call.out, labels)
+        return
+    labels = tracer.settle(labels, range(2, x.ndim), "convolution across channels")
     read = tracer.vector(labels, 1, x.shape[1])
     rows = call.out.shape[1]
     if 1 < groups == x.shape[1]:
@@ -108,9 +115,19 @@ def _contract(tracer: Tracer, a: Tensor, b: Tensor) -> Tensor:
 @rule("_scaled_dot_product_attention_math _scaled_dot_product_attention_math_for_mps")
 @rule("_scaled_dot_product_fused_attention_overrideable")
 def attention(tracer: Tracer, call: Call) -> None:
-    """Head count and head size are constants of the attention module."""
-    for operand in call.tensors:
-        tracer.fix(tracer.labels(operand), "attention heads, whose size the module fixes,")
+    """A head is one unit of queries, keys and values, if the module says how many it has."""
+    query, *others = call.tensors
+    heads = query.shape[1] if query.ndim == 4 else 1
+    known = [tracer.labels(operand) for operand in call.tensors]
+    shared = any(x.shape[1] not in (1, heads) for x in others if x.ndim == query.ndim)
+    if heads == 1 or shared or not tracer.counts_heads(heads, query.shape[-1]):
+        for labels in known:
+            tracer.fix(labels, "attention heads, whose number or size the module fixes,")
+        return
+    rows = [tracer.vector(labels, 1, heads) for labels in known if bool(labels.any())]
+    ids = reduce(tracer.unite, rows)
+    tracer.count_heads(ids, query.shape[-1])
+    tracer.mark(call.results[0], along(ids, 1, call.results[0].ndim))
 
 
 @rule("embedding")

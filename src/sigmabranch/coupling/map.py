@@ -9,12 +9,17 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sigmabranch.errors import ConversionError
+from sigmabranch.errors import ConversionError, UnsupportedOperation
 
 #: What a tensor does to the units along one of its axes. ``makes``: rows of a convolution or linear
 #: layer. ``scales``: biases, norm affines and statistics, layer scales. ``reads``: columns of the
 #: consumers.
 Role = Literal["makes", "scales", "reads"]
+
+
+#: What attention modules call the number of their heads, and the number of all heads' channels.
+HEADS = ("num_heads", "heads", "n_heads", "nhead", "num_attention_heads")
+HEAD_CHANNELS = ("attn_dim", "inner_dim", "all_head_dim", "all_head_size")
 
 
 class Axis(NamedTuple):
@@ -53,17 +58,20 @@ class CouplingMap:
             absent. Tied tensors appear under all their names.
         roles: (tensor name, axis) -> what the tensor does to those units.
         outputs: watched module path -> for each tensor of its flattened output its channel axis,
-            or None where it has no units.
+            None where it has no units, or why the axis cannot be told.
         fixed: unit -> why it cannot be dropped.
         inexact: unit -> why dropping it does more than remove it (layer norm statistics, …).
+        counts: (module path, attribute) -> the units that an integer attribute counts, one for each
+            that it adds up: the heads of an attention module.
         spaces: the units, grouped by the axes they share, in order of first use.
     """
 
     axes: Mapping[str, Mapping[int, Tensor]]
     roles: Mapping[tuple[str, int], Role]
-    outputs: Mapping[str, tuple[Axis | None, ...]]
+    outputs: Mapping[str, tuple[Axis | str | None, ...]]
     fixed: Mapping[int, str]
     inexact: Mapping[int, str]
+    counts: Mapping[tuple[str, str], Tensor]
     spaces: tuple[Space, ...]
 
     def space(self, name: str) -> Space:
@@ -88,15 +96,18 @@ class CouplingMap:
                 return space
         raise ConversionError("these units do not belong to one set of channels")
 
+    def is_heads(self, space: Space) -> bool:
+        """Whether the units of ``space`` are attention heads."""
+        return any(bool(torch.isin(units, space.units).any()) for units in self.counts.values())
+
     def output_axis(self, module: str) -> Axis:
         """The channel axis of the one tensor with units that the watched ``module`` returns.
 
         Raises:
             ConversionError: the module was not watched, or returns none or several.
+            UnsupportedOperation: the axis cannot be told.
         """
-        if module not in self.outputs:
-            raise ConversionError(f"module {module!r} was not watched: name it when tracing")
-        axes = [axis for axis in self.outputs[module] if axis is not None]
+        axes = [axis for axis in self.output_axes(module) if axis is not None]
         if len(axes) != 1:
             raise ConversionError(
                 f"module {module!r} returns {len(axes)} tensors with channels that can be cut; "
@@ -104,21 +115,39 @@ class CouplingMap:
             )
         return axes[0]
 
+    def output_axes(self, module: str) -> list[Axis | None]:
+        """The channel axis of each tensor that the watched ``module`` returns; raises as above."""
+        if module not in self.outputs:
+            raise ConversionError(f"module {module!r} was not watched: name it when tracing")
+        axes: list[Axis | None] = []
+        for axis in self.outputs[module]:
+            if isinstance(axis, str):
+                raise UnsupportedOperation(axis)
+            axes.append(axis)
+        return axes
+
     def space_of_output(self, module: str) -> Space:
         """The space of the channels that the watched ``module`` returns."""
         units = self.output_axis(module).units
         return self.space_with(units[units > 0])
 
-    def inner_spaces(self, prefixes: Sequence[str]) -> list[Space]:
+    def inner_spaces(
+        self, prefixes: Sequence[str], outputs: Sequence[str] | None = None
+    ) -> list[Space]:
         """Spaces that live wholly under the module paths ``prefixes`` and may be cut freely.
 
-        A space with a fixed unit, or one that a watched module hands on, is left out.
+        A space with a fixed unit, or one that a module of ``outputs`` hands on, is left out.
+
+        Args:
+            prefixes: module paths.
+            outputs: watched modules; all of them if None.
         """
+        handed_on = self.outputs if outputs is None else outputs
         visible = {
             unit
-            for axes in self.outputs.values()
-            for axis in axes
-            if axis is not None
+            for name in handed_on
+            for axis in self.outputs[name]
+            if isinstance(axis, Axis)
             for unit in axis.units.tolist()
         }
         return [

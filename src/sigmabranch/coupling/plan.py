@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from sigmabranch.coupling.map import is_under
+from sigmabranch.coupling.map import HEAD_CHANNELS, HEADS, is_under
 from sigmabranch.errors import ConfigError, ConversionError
 
 Value: TypeAlias = int | tuple[int, ...]
@@ -26,12 +26,15 @@ class SlicePlan:
         keep: tensor name -> axis -> kept positions, int64 ascending. Tensors and axes that are
             kept whole are absent.
         edits: module path -> attribute -> new value.
+        gather: where the modules are to be given some channels of their input only: along which
+            dimension, and which positions.
         source: :func:`fingerprint` of the network the positions refer to.
     """
 
     keep: Mapping[str, Mapping[int, Tensor]]
     edits: Mapping[str, Mapping[str, Value]]
     source: str
+    gather: tuple[int, Tensor] | None = None
 
     def apply(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
         """The sliced copy of a state dict; the tensors of ``state`` are not touched or shared.
@@ -120,7 +123,13 @@ class SlicePlan:
                 path: {key: list(v) if isinstance(v, tuple) else v for key, v in edit.items()}
                 for path, edit in self.edits.items()
             },
+            **self._gather_dict(),
         }
+
+    def _gather_dict(self) -> dict[str, Any]:
+        if self.gather is None:
+            return {}
+        return {"gather": {"dim": self.gather[0], "positions": self.gather[1].tolist()}}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> SlicePlan:
@@ -131,7 +140,7 @@ class SlicePlan:
         """
         if value.get("schema") != _SCHEMA:
             raise ConfigError(f"plan schema is {value.get('schema')!r}, expected {_SCHEMA}")
-        unknown = value.keys() - {"schema", "source", "keep", "edits"}
+        unknown = value.keys() - {"schema", "source", "keep", "edits", "gather"}
         if unknown:
             raise ConfigError(f"unknown plan key {min(unknown)!r}")
         try:
@@ -145,6 +154,7 @@ class SlicePlan:
                     for path, edit in value["edits"].items()
                 },
                 source=str(value["source"]),
+                gather=_gather(value.get("gather")),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"not a plan: {error}") from error
@@ -221,6 +231,12 @@ def _submodule(root: nn.Module, path: str) -> nn.Module:
 # -- reading -------------------------------------------------------------------------------------
 
 
+def _gather(value: Any) -> tuple[int, Tensor] | None:
+    if value is None:
+        return None
+    return _natural(value["dim"]), _positions(value["positions"])
+
+
 def _positions(index: Any) -> Tensor:
     positions = torch.tensor([_natural(position) for position in index], dtype=torch.int64)
     if bool((positions.diff() <= 0).any()):
@@ -242,7 +258,7 @@ def _natural(value: Any) -> int:
 
 _ATTRIBUTES = {
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features",
-    "num_channels", "normalized_shape", "embedding_dim", "num_parameters",
+    "num_channels", "normalized_shape", "embedding_dim", "num_parameters", *HEADS, *HEAD_CHANNELS,
 }  # fmt: skip
 
 

@@ -137,14 +137,53 @@ def lay_out(tracer: Tracer, call: Call) -> None:
 
 
 @rule("expand slice select unsqueeze squeeze narrow index index_select gather repeat roll flip")
-@rule("pixel_shuffle pixel_unshuffle channel_shuffle unfold diagonal")
-@rule("split split_with_sizes unbind chunk")
+@rule("pixel_shuffle pixel_unshuffle channel_shuffle unfold diagonal unbind")
 def move(tracer: Tracer, call: Call) -> None:
     """Labels are moved as the values are, by the operation itself."""
     x = call.args[0]
     moved = call.on(tracer.labels(x).expand(x.shape))
     for result, labels in zip(call.results, pytree.tree_leaves(moved), strict=True):
         tracer.mark(result, labels)
+
+
+@rule("split")
+def split(tracer: Tracer, call: Call) -> None:
+    """Equal parts stay equally wide: what stands at the same place in each becomes one unit."""
+    x, size = call["self"], call["split_size"]
+    dim = call["dim"] % x.ndim
+    labels = tracer.labels(x)
+    if labels.shape[dim] > size:
+        if labels.shape[dim] % size:
+            labels = _kept_whole(tracer, labels, dim)
+        else:
+            parts = labels.unflatten(dim, (-1, size))
+            others = [axis for axis in range(parts.ndim) if axis != dim]
+            labels = tracer.project(parts, *others).expand_as(parts).flatten(dim, dim + 1)
+    _mark_parts(tracer, call, labels)
+
+
+@rule("split_with_sizes")
+def split_unevenly(tracer: Tracer, call: Call) -> None:
+    """The sizes of the parts are written into the forward."""
+    dim = call["dim"] % call["self"].ndim
+    _mark_parts(tracer, call, _kept_whole(tracer, tracer.labels(call["self"]), dim))
+
+
+def _kept_whole(tracer: Tracer, labels: Tensor, dim: int) -> Tensor:
+    """Labels of a tensor whose length along ``dim`` must not change."""
+    if labels.shape[dim] > 1:
+        others = [axis for axis in varying(labels) if axis != dim]
+        if others:
+            return tracer.project(labels, *others)
+        tracer.fix(labels, "split into parts of written sizes")
+    return labels
+
+
+def _mark_parts(tracer: Tracer, call: Call, labels: Tensor) -> None:
+    """The labels of a tensor, on the parts that it was split into."""
+    moved = call.on(labels.expand(call["self"].shape))
+    for result, part in zip(call.results, pytree.tree_leaves(moved), strict=True):
+        tracer.mark(result, part)
 
 
 @rule("cat stack")

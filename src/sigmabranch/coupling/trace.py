@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sigmabranch.coupling import layers, rules  # noqa: F401 (importing them registers the rules)
 from sigmabranch.coupling.assemble import Findings, assemble, model_tensor
 from sigmabranch.coupling.calls import Call, find_rule
-from sigmabranch.coupling.map import CouplingMap, Role
+from sigmabranch.coupling.map import HEAD_CHANNELS, HEADS, CouplingMap, Role
 from sigmabranch.coupling.units import Units, distinct, varying
 from sigmabranch.errors import ConversionError, UnsupportedOperation
 
@@ -243,6 +243,24 @@ class Tracer(TorchDispatchMode):
 
     def _located(self, why: str) -> str:
         return f"{why} in {self.path}" if self._path else why
+
+    # -- numbers of heads --------------------------------------------------------------------
+
+    def counts_heads(self, heads: int, size: int) -> list[tuple[str, int]]:
+        """Attributes of the running module that count its heads, or the channels of all heads.
+
+        Each with how many channels of a head it counts.
+        """
+        module = vars(self._model.get_submodule(self._path[-1]))
+        found = [(name, 1) for name in HEADS if module.get(name) == heads]
+        if not found:
+            return []
+        return found + [(name, size) for name in HEAD_CHANNELS if module.get(name) == heads * size]
+
+    def count_heads(self, ids: Tensor, size: int) -> None:
+        """The running module has the heads ``ids`` of so many channels each."""
+        for name, each in self.counts_heads(len(ids), size):
+            self.findings.counts[self._path[-1], name] = ids.repeat_interleave(each)
 
     # -- labels of parameters ----------------------------------------------------------------
 

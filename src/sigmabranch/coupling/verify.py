@@ -89,8 +89,8 @@ def verify_slice(
             :data:`TOLERANCE` although no dropped unit is marked inexact.
     """
     dropped = dropped_units(coupling, keep)
-    entry_axes = [] if entry is None else _watched(coupling, entry)
-    exit_axes = _watched(coupling, paths[-1])
+    entry_axes = [] if entry is None else coupling.output_axes(entry)
+    exit_axes = coupling.output_axes(paths[-1])
     where = ", ".join(path or type(dense).__name__ for path in paths)
     feature = pytree.tree_map_only(Tensor, _precise_tensor, feature)
     muted, gathered = (_on_channels(act, feature, entry_axes, dropped) for act in (_mute, _gather))
@@ -108,12 +108,6 @@ def verify_slice(
             f"(at most {TOLERANCE:.0e}): these channels cannot be cut exactly"
         )
     return error
-
-
-def _watched(coupling: CouplingMap, module: str) -> Sequence[Axis | None]:
-    if module not in coupling.outputs:
-        raise ConversionError(f"module {module!r} was not watched: name it when tracing")
-    return coupling.outputs[module]
 
 
 def _run_masked(

@@ -31,7 +31,7 @@ class Block:
     Attributes:
         name: unique within the node; :data:`ROUTER` for a router.
         module: feature → feature; of the last block of a leaf, feature → (B, V) logits; of a
-            router, feature → (B, 2) log p.
+            router, feature → (B, K) log p.
     """
 
     name: str
@@ -74,8 +74,7 @@ class Node:
 def node_parts(model: SigmaBranchNet | Backbone) -> dict[str, tuple[nn.Module, nn.Module | None]]:
     """Body and router of each node, root first."""
     if isinstance(model, Backbone):
-        head = nn.Sequential(OrderedDict(pool=model.pool, **model.section(model.head)._modules))
-        return {"root": (_joined(model.section(model.chain), head), None)}
+        return {"root": (_joined(model.section(model.chain), model.pooled_head()), None)}
     parts: dict[str, tuple[nn.Module, nn.Module | None]] = {}
     for node in model.nodes:
         body = model.specializer(node) if node else model.trunk

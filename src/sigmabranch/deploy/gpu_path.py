@@ -22,13 +22,14 @@ from sigmabranch.deploy.engines import EagerEngine
 from sigmabranch.deploy.package import Package, ancestry, child
 from sigmabranch.deploy.program import Program
 from sigmabranch.deploy.segment import Segment
-from sigmabranch.deploy.slots import byte_count
 from sigmabranch.errors import ConfigError
+from sigmabranch.sizes import byte_count
 
 # What cuDNN and cuBLAS want their operands to begin at.
 _ALIGN = 256
 # cuDNN tries its kernels at the first run and allocates at the second.
 _WARM_UP_RUNS = 3
+_DIFFERENT = "nodes of one level differ in shape or number of branches: use the Runtime"
 
 Layout: TypeAlias = Mapping[str, tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]]]
 
@@ -70,6 +71,26 @@ def ring(sizes: Sequence[int], room: int) -> list[Place]:
         last = max(before or shared, default=None)
         places.append(Place(begin, last))
     return places
+
+
+def siblings_in_order(package: Package, program: Program) -> list[dict[str, Segment]]:
+    """The stretches of a path in order, each by the node that it may belong to.
+
+    Raises:
+        ConfigError: leaves at several levels, or nodes of one level with different stretches.
+    """
+    by_depth: dict[int, list[str]] = {}
+    for key in package.nodes:
+        by_depth.setdefault(len(ancestry(key)), []).append(key)
+    for keys in by_depth.values():
+        if len({tuple(map(program.is_router, program.of(key))) for key in keys}) > 1:
+            raise ConfigError(_DIFFERENT)
+    levels = []
+    for segment in list(program.steps(list(ancestry(package.leaves[0])))):
+        place = program.of(segment.node).index(segment)
+        nodes = by_depth[len(ancestry(segment.node))]
+        levels.append({key: program.of(key)[place] for key in nodes})
+    return levels
 
 
 class GpuPrediction(NamedTuple):
@@ -124,7 +145,7 @@ class GpuPath:
         self._program = Program(self.package)
         self._engine = EagerEngine(self.package.skeleton(skeleton))
         self._dtype = dtype
-        self._levels = self._by_level()
+        self._levels = siblings_in_order(self.package, self._program)
         self._layouts: list[Layout] = []
         self._hosts: dict[Segment, Tensor] = {}
         self._load()
@@ -173,20 +194,6 @@ class GpuPath:
         total_ms = 1e3 * (time.perf_counter() - began)
         return GpuPrediction(checked_logits(logits), route[-1], copied_bytes, total_ms)
 
-    def _by_level(self) -> list[dict[str, Segment]]:
-        """The stretches of a path in order, each by the node that it may belong to."""
-        leaf = self.package.leaves[0]
-        order = list(self._program.steps(list(ancestry(leaf))))
-        by_depth: dict[int, list[str]] = {}
-        for key in self.package.nodes:
-            by_depth.setdefault(len(ancestry(key)), []).append(key)
-        levels = []
-        for segment in order:
-            place = self._program.of(segment.node).index(segment)
-            nodes = by_depth[len(ancestry(segment.node))]
-            levels.append({key: self._program.of(key)[place] for key in nodes})
-        return levels
-
     def _load(self) -> None:
         """Bring all weights into page-locked memory, as they will lie on the GPU."""
         contents = {
@@ -209,7 +216,7 @@ class GpuPath:
                     view.copy_(tensors[name])
                 self._hosts[segment] = host
             if any(layout != layouts[0] for layout in layouts):
-                raise ConfigError("nodes of one level differ in shape: use the Runtime")
+                raise ConfigError(_DIFFERENT)
             self._layouts.append(layouts[0])
 
     def _count_within(self, stays: int) -> int:

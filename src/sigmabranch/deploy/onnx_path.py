@@ -23,10 +23,10 @@ from sigmabranch.deploy.export.nodes import DECIDE, SCHEMA
 from sigmabranch.deploy.onnx_sessions import NodeFiles, Sessions
 from sigmabranch.deploy.package import ancestry, child
 from sigmabranch.deploy.runtime import Prediction
-from sigmabranch.deploy.slots import byte_count
 from sigmabranch.deploy.storage import Throttle
 from sigmabranch.deploy.trace import Trace, milliseconds
 from sigmabranch.errors import CheckpointError
+from sigmabranch.sizes import byte_count
 from sigmabranch.tree import node_key
 
 Array: TypeAlias = NDArray[Any]

@@ -21,9 +21,9 @@ from sigmabranch.deploy.prior import LeafPrior
 from sigmabranch.deploy.program import Program
 from sigmabranch.deploy.residency import Residency
 from sigmabranch.deploy.segment import Segment
-from sigmabranch.deploy.slots import byte_count
 from sigmabranch.deploy.storage import NodeFile, Throttle
 from sigmabranch.deploy.trace import Trace, milliseconds
+from sigmabranch.sizes import byte_count
 
 
 class Prediction(NamedTuple):

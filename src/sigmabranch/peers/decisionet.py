@@ -122,6 +122,8 @@ class DecisioNet(System):
         if self.topology == "tree":
             if task.tree.decide_after is not None:
                 raise ConfigError("DecisioNet decides level by level: leave out tree.decide_after")
+            if task.tree.most_branches > 2:
+                raise ConfigError("DecisioNet decides between left and right: use a binary tree")
             sketch(task)
         else:
             self._one_path(task)

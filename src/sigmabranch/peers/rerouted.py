@@ -1,6 +1,6 @@
 """What the routers are worth: the branched network with its inputs sent elsewhere.
 
-Shapes: B batch, C channels, D latent length, L leaves, N samples.
+Shapes: B batch, C channels, D latent length, K branches, L leaves, N samples.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sigmabranch.errors import ConfigError
 from sigmabranch.net import Choice, SigmaBranchNet, SoftOutput
 from sigmabranch.peers.bench import Bench
 from sigmabranch.peers.system import System, Trained
-from sigmabranch.routing import Router
+from sigmabranch.routing import Router, stacked
 from sigmabranch.tasks import Task
 from sigmabranch.tasks.counting import sketch
 from sigmabranch.training import BranchedObjective
@@ -24,7 +24,7 @@ from sigmabranch.tree import NodeId, node_key
 
 # Features are compared in steps so coarse that rounding hardly ever moves one across an edge.
 _STEPS = 16.0
-# log p of the branch not taken: its probability underflows, its product with 0 does not.
+# log p of a branch not taken: its probability underflows, its product with 0 does not.
 _NEVER = -1e4
 
 _RULES = {
@@ -117,24 +117,25 @@ class HashRouter(nn.Module):
 
     odd_C: Tensor
 
-    def __init__(self, channels: int, pool: nn.Module, seed: int) -> None:
+    def __init__(self, channels: int, pool: nn.Module, seed: int, branches: int = 2) -> None:
         super().__init__()
-        self.channels, self.pool = channels, pool
+        self.channels, self.pool, self.branches = channels, pool, branches
         generator = torch.Generator().manual_seed(seed)
         odd_C = 2 * torch.randint(1 << 30, (channels,), generator=generator) + 1
         self.register_buffer("odd_C", odd_C)
 
     def forward(self, feature: Any) -> Tensor:
-        """log p: (B, 2) float32, one of them 0."""
+        """log p: (B, K) float32, one of them 0."""
         steps_BC = (self.pool(feature).detach().float() * _STEPS).round().long()
-        branch_B = ((steps_BC * self.odd_C).sum(1) >> 17) & 1
-        return (1.0 - F.one_hot(branch_B, 2).float()) * _NEVER
+        branch_B = ((steps_BC * self.odd_C).sum(1) >> 17) % self.branches
+        return (1.0 - F.one_hot(branch_B, self.branches).float()) * _NEVER
 
 
 def _with_hashes(net: SigmaBranchNet, seed: int) -> SigmaBranchNet:
     for number, node in enumerate(net.tree.inner):
         router = net.router(node)
-        hashed = HashRouter(router.channels, router.projection[0], 1000 * seed + number)
+        branches = len(net.tree.children(node))
+        hashed = HashRouter(router.channels, router.projection[0], 1000 * seed + number, branches)
         net.routers[node_key(node)] = hashed
     return net
 
@@ -211,14 +212,14 @@ class FlatNet(SigmaBranchNet):
         leaves = self.tree.leaves
         below = self.node_log_prob(log_prob_BL)
         branches = [
-            torch.stack([below[node_key((*node, k))] for k in (0, 1)], dim=1)
+            torch.stack([below[node_key(child)] for child in self.tree.children(node)], dim=1)
             - below[node_key(node)][:, None]
             for node in self.tree.inner
         ]
         return SoftOutput(
             logits=torch.stack([self.head(leaf)(features[leaf]) for leaf in leaves], dim=1),
             log_prob=log_prob_BL,
-            branch_log_prob=torch.stack(branches, dim=1),
+            branch_log_prob=stacked(branches),
         )
 
     def leaf_of(self, soft: SoftOutput) -> Tensor:
@@ -229,13 +230,16 @@ class FlatNet(SigmaBranchNet):
         best_B, leaf_B = self.router(())(seen).max(dim=1)
         decided = {}
         for node in self.tree.inner:
-            right, under = (
-                torch.isin(leaf_B, rows.new_tensor(self.tree.leaves_under(below)))
-                for below in ((*node, 1), node)
+            under_KB = torch.stack(
+                [
+                    torch.isin(leaf_B, rows.new_tensor(self.tree.leaves_under(child)))
+                    for child in self.tree.children(node)
+                ]
             )
+            here_B = under_KB.any(0)
             # The whole choice is made, and its log p given, at the root.
             gain_B = torch.zeros_like(best_B) if node else best_B
-            decided[node] = gain_B[under], right[under].long()
+            decided[node] = gain_B[here_B], under_KB[:, here_B].long().argmax(0)
         return decided
 
     def no_weight_decay(self) -> set[str]:

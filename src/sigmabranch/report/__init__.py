@@ -14,6 +14,7 @@ for _package in ("matplotlib", "jinja2"):
         raise MissingDependency(_package, "report", "Drawing the report")
 
 from sigmabranch.report.ablation_table import ablation_table  # noqa: E402
+from sigmabranch.report.budget_table import budget_table  # noqa: E402
 from sigmabranch.report.comparison import comparison_table  # noqa: E402
 from sigmabranch.report.comparison_page import write_comparison  # noqa: E402
 from sigmabranch.report.main_table import main_rows, main_table  # noqa: E402
@@ -36,6 +37,7 @@ __all__ = [
     "Table",
     "ablation_table",
     "accuracy_table",
+    "budget_table",
     "comparison",
     "comparison_table",
     "cost_table",

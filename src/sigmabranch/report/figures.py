@@ -39,10 +39,11 @@ def channel_partition(record: Mapping[str, Any]) -> Figure:
     """Which dense channels each branch keeps, against the clusters' mean activations (Fig. 2).
 
     One panel per router: a dot is a channel of the dense stage, its coordinates the mean activation
-    over the samples of cluster 0 and of cluster 1, its colour who holds it.
+    over the samples of cluster 0 and of cluster 1, its colour who holds it. Of more than two
+    clusters, the coordinates are the smallest and the largest mean.
 
     Args:
-        record: conversion record, with ``splits`` (``channel_mean``: stage → (2, C)) and ``nodes``.
+        record: conversion record, with ``splits`` (``channel_mean``: stage → (K, C)) and ``nodes``.
 
     Raises:
         ConfigError: the record holds no channel means.
@@ -63,10 +64,13 @@ def channel_partition(record: Mapping[str, Any]) -> Figure:
         _partition_panel(axes, key, split, record["nodes"])
     for axes in grid[len(splits) :]:
         axes.set_axis_off()
-    handles, labels = grid[0].get_legend_handles_labels()
+    named: dict[str, Any] = {}
+    for axes in grid:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
     figure.legend(
-        handles,
-        labels,
+        list(named.values()),
+        list(named),
         loc="outside lower center",
         ncols=5 if columns > 1 else 3,
         markerscale=1.6,
@@ -79,16 +83,18 @@ def channel_partition(record: Mapping[str, Any]) -> Figure:
 def _partition_panel(
     axes: Axes, key: str, split: Mapping[str, Any], nodes: Mapping[str, Any]
 ) -> None:
-    branches = [f"{key}-{branch}" if key != "root" else str(branch) for branch in (0, 1)]
+    prefix = "" if key == "root" else f"{key}-"
+    branches = [f"{prefix}{branch}" for branch in range(len(split["sizes"]))]
     # A leaf above the last level holds several stages; the split was made on its first.
-    pair = [nodes[branch][0] for branch in branches]
-    mean_KC = np.asarray(split["channel_mean"][pair[0]["stage"]], dtype=float)
+    held = [nodes[branch][0] for branch in branches]
+    mean_KC = np.asarray(split["channel_mean"][held[0]["stage"]], dtype=float)
+    across_C, up_C = mean_KC if len(held) == 2 else (mean_KC.min(axis=0), mean_KC.max(axis=0))
     count = mean_KC.shape[1]
     size = float(np.clip(7000 / count, 4, 26))
-    for label, colour, members in _holders(count, pair):
+    for label, colour, members in _holders(count, held):
         axes.scatter(
-            mean_KC[0, members],
-            mean_KC[1, members],
+            across_C[members],
+            up_C[members],
             s=size * (0.7 if label == "dropped" else 1),
             color=colour,
             alpha=0.75,
@@ -106,34 +112,41 @@ def _partition_panel(
         axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     place = "after the trunk" if key == "root" else f"inside branch {key}"
-    axes.set_title(f"{pair[0]['stage']}, {place}", pad=20)
+    axes.set_title(f"{held[0]['stage']}, {place}", pad=20)
     share = [size / max(sum(split["sizes"]), 1) for size in split["sizes"]]
     axes.text(
         0,
         1.025,
-        f"{count:,} channels · clusters {share[0]:.0%} / {share[1]:.0%}",
+        f"{count:,} channels · clusters {' / '.join(f'{part:.0%}' for part in share)}",
         transform=axes.transAxes,
         color=style.MUTED,
         fontsize=8.5,
     )
-    axes.set_xlabel(f"mean activation, cluster {branches[0]}", color=style.BRANCH[0])
-    axes.set_ylabel(f"mean activation, cluster {branches[1]}", color=style.BRANCH[1])
+    if len(held) == 2:
+        axes.set_xlabel(f"mean activation, cluster {branches[0]}", color=style.BRANCH[0])
+        axes.set_ylabel(f"mean activation, cluster {branches[1]}", color=style.BRANCH[1])
+    else:
+        axes.set_xlabel("mean activation, cluster with the smallest")
+        axes.set_ylabel("mean activation, cluster with the largest")
 
 
-def _holders(count: int, pair: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, np.ndarray]]:
-    """(label, colour, channel indices) from those nobody keeps to those both keep."""
+def _holders(count: int, held: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, np.ndarray]]:
+    """(label, colour, channel indices) from those nobody keeps to those several keep."""
     shared = np.zeros(count, bool)
-    shared[pair[0]["shared"]] = True
-    kept = np.zeros((2, count), bool)
-    for held, node in zip(kept, pair, strict=True):
-        held[node["kept"]] = True
-    only = kept & ~shared
+    shared[held[0]["shared"]] = True
+    kept_KC = np.zeros((len(held), count), bool)
+    for row_C, node in zip(kept_KC, held, strict=True):
+        row_C[node["kept"]] = True
+    only_KC = kept_KC & ~shared
+    picks_C = only_KC.sum(axis=0)
     masks = [
-        ("dropped", style.DROPPED, ~kept.any(axis=0)),
+        ("dropped", style.DROPPED, ~kept_KC.any(axis=0)),
         ("shared by choice", style.SHARED, shared),
-        ("branch 0 only", style.BRANCH[0], only[0] & ~only[1]),
-        ("branch 1 only", style.BRANCH[1], only[1] & ~only[0]),
-        ("picked by both", style.BOTH, only[0] & only[1]),
+        *(
+            (f"branch {branch} only", style.branch_colour(branch), only_C & (picks_C == 1))
+            for branch, only_C in enumerate(only_KC)
+        ),
+        ("picked by both" if len(held) == 2 else "picked by several", style.BOTH, picks_C > 1),
     ]
     return [(label, colour, mask.nonzero()[0]) for label, colour, mask in masks]
 

@@ -114,8 +114,8 @@ def _pictures(run: Run) -> dict[str, tuple[str, Any]]:
     }
     if any(split["channel_mean"] for split in run.record["splits"].values()):
         pictures["channels"] = (
-            "Mean activation of every channel of the dense stage in the two clusters of each "
-            "split. Channels strong in both are shared, channels that tell the clusters apart "
+            "Mean activation of every channel of the dense stage in the clusters of each "
+            "split. Channels strong in all are shared, channels that tell the clusters apart "
             "belong to one branch.",
             partial(figures.channel_partition, run.record),
         )

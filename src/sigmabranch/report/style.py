@@ -22,7 +22,7 @@ INK = "#1d2330"
 MUTED = "#6a7282"
 RULE = "#dfe3ea"
 PAPER = "#fefefe"
-BRANCH = ("#2f6fdb", "#dd7a1c")
+BRANCH = ("#2f6fdb", "#dd7a1c", "#c73a63", "#8a8f1a")
 SHARED = "#20a387"
 BOTH = "#a24fc4"
 DROPPED = "#aab2bf"
@@ -72,8 +72,13 @@ def house_style() -> Iterator[None]:
         yield
 
 
+def branch_colour(branch: int) -> str:
+    """The colour of a branch; from the fifth on they come again."""
+    return BRANCH[branch % len(BRANCH)]
+
+
 def leaf_colours(leaves: int) -> list[str]:
-    """One colour per leaf, left to right: blues under branch 0, oranges under branch 1."""
+    """One colour per leaf, from blues at the left to oranges at the right."""
     return [to_hex(_LEAVES(leaf / max(leaves - 1, 1))) for leaf in range(leaves)]
 
 

@@ -31,7 +31,7 @@ def tree_figure(cost: Mapping[str, Any], usage: Mapping[str, float] | None = Non
 
     Args:
         cost: with ``nodes`` (rows of ``node``, ``width``, ``params``) and ``net``.
-        usage: leaf key → fraction of the inputs it takes; halves at every router if None.
+        usage: leaf key → fraction of the inputs it takes; equal parts at every router if None.
     """
     river = _River(cost["nodes"], usage)
     width = river.depth * _COLUMN + _BOX_WIDTH + 0.5
@@ -70,8 +70,7 @@ class _River:
         self.leaf_colours = style.leaf_colours(len(self.leaves))
 
     def children(self, key: str) -> list[str]:
-        prefix = "" if key == "root" else f"{key}-"
-        return [child for child in (f"{prefix}0", f"{prefix}1") if child in self.rows]
+        return [child for child in self.rows if child != "root" and _parent(child) == key]
 
     def under(self, key: str) -> list[int]:
         """Positions of the leaves at or below ``key``."""
@@ -88,14 +87,15 @@ class _River:
 
     def share(self, key: str) -> float:
         if self.usage is None:
-            return 0.5 ** _level(key)
+            above = _parent(key)
+            return 1.0 if key == "root" else self.share(above) / len(self.children(above))
         return sum(self.usage[self.leaves[position]] for position in self.under(key))
 
     def colour(self, key: str) -> str:
         """A leaf's own; for a node above, its branch's; grey for the trunk."""
         if key in self.leaves:
             return self.leaf_colours[self.leaves.index(key)]
-        return style.DENSE if key == "root" else style.BRANCH[int(key[0])]
+        return style.DENSE if key == "root" else style.branch_colour(int(key.partition("-")[0]))
 
     def draw_bands(self, axes: Axes, key: str) -> None:
         """From the node's right edge, stacked, to the left edge of each child."""
@@ -150,6 +150,10 @@ def _ribbon(start: tuple[float, float], stop: tuple[float, float], thickness: fl
     curve = [Path.CURVE4] * 3
     codes = [Path.MOVETO, *curve, Path.LINETO, *curve, Path.CLOSEPOLY]
     return Path([*upper, *lower, upper[0]], codes)
+
+
+def _parent(key: str) -> str:
+    return key.rpartition("-")[0] or "root"
 
 
 def _level(key: str) -> int:

@@ -79,6 +79,10 @@ _STATED: Mapping[str, Any] = {
     "tree.cuts": None,
     "tree.decide_after": None,
     "tree.trunk_share": None,
+    "tree.entry": None,
+    "tree.shares": None,
+    "tree.heads": None,
+    "conversion.inner": None,
     # Spherical k-means of the latents as they are, and channels by mean activation.
     "conversion.clusters": "latents",
     "conversion.channels": "activation",
@@ -98,7 +102,7 @@ _OPEN = frozenset(
     {
         "tree.projection_dropout",
         *(f"conversion.{name}" for name in
-          ("samples", "shared_fraction", "restarts", "norm_samples", "seed")),
+          ("samples", "shared_fraction", "restarts", "norm_samples", "affine_samples", "seed")),
         *(f"{part}.{name}" for part in ("dense", "finetune") for name in (
             "lr", "momentum", "betas", "weight_decay", "decay_norm_and_bias", "step_factor",
             "label_smoothing", "clip_norm", "distill_temperature", "precision", "compile",

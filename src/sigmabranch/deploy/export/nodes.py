@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -26,6 +25,7 @@ from sigmabranch.deploy.export.check import Run
 from sigmabranch.deploy.export.staging import listing
 from sigmabranch.deploy.fold import fold, foldable
 from sigmabranch.net import SigmaBranchNet
+from sigmabranch.routing import stacked
 from sigmabranch.tree import NodeId, node_key
 
 SCHEMA = 1
@@ -91,8 +91,8 @@ class AllRouters(nn.Module):
         self.routers = nn.ModuleList(routers)
 
     def forward(self, seen: Any) -> Tensor:
-        """log p: (1, I, K)."""
-        return torch.stack([router(seen) for router in self.routers], dim=1)
+        """log p: (1, I, K), −∞ for branches that a node lacks."""
+        return stacked([router(seen) for router in self.routers])
 
 
 class Walk:

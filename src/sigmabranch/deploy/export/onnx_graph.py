@@ -25,7 +25,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNod
 from torch.export import ExportedProgram
 
 from sigmabranch.errors import UnsupportedOperation
-from sigmabranch.tree import NodeId, node_key
+from sigmabranch.tree import NodeId, TreeSpec, node_key
 
 _OPSET = 20
 # Smaller tensors stay in the graph: shapes and constants that runtimes read while they load it.
@@ -68,16 +68,21 @@ def as_graph(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[
     return model
 
 
-def save(model: ir.Model, path: Path) -> None:
+def save(model: ir.Model, path: Path, tree: TreeSpec | None = None) -> None:
     """Write the graph to ``path`` and its larger tensors to ``path`` + ``.data``.
 
     The graph's metadata name the bytes of each tree node, ``sigmabranch.ranges``: node key →
     [offset, length].
+
+    Args:
+        model: of a whole tree or of one node.
+        path: of the graph.
+        tree: the tree that the graph's decisions make; None for a node, which makes none.
     """
     data = path.with_name(f"{path.name}.data")
     ranges: dict[str, list[int]] = {}
     with open(data, "wb") as file:
-        for node, value in _by_node(model.graph):
+        for node, value in _by_node(model.graph, tree):
             tensor: Any = value.const_value
             is_new = node_key(node) not in ranges
             offset = _padded(file.tell(), _NODE_ALIGNMENT if is_new else _TENSOR_ALIGNMENT)
@@ -105,9 +110,13 @@ def decision(graph: ir.Graph) -> ir.Node:
     return cast(ir.Node, graph.outputs[0].producer())
 
 
-def branches(node: ir.Node) -> tuple[ir.Graph, ir.Graph]:
-    """The graphs of branch 0 and branch 1 of a decision."""
-    return node.attributes["else_branch"].as_graph(), node.attributes["then_branch"].as_graph()
+def branches(node: ir.Node, count: int) -> list[ir.Graph]:
+    """The graphs of the ``count`` branches of a decision, which is a chain of ``If``.
+
+    The first asks for the last branch, and what it does else is to ask for the one before.
+    """
+    taken, left = (node.attributes[name].as_graph() for name in ("then_branch", "else_branch"))
+    return [left, taken] if count == 2 else [*branches(decision(left), count - 1), taken]
 
 
 def session(
@@ -120,22 +129,25 @@ def session(
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _by_node(graph: ir.Graph) -> list[tuple[NodeId, ir.Value]]:
+def _by_node(graph: ir.Graph, tree: TreeSpec | None) -> list[tuple[NodeId, ir.Value]]:
     """Tensors worth a place outside the graph, with the tree node that reads them, in its order."""
     readers: dict[ir.Value, NodeId] = {}
-    for node, value in _reads(graph, ()):
+    for node, value in _reads(graph, (), tree):
         if value.const_value is not None and value.const_value.nbytes >= _INLINE_BYTES:
             readers[value] = _common(readers.get(value, node), node)
     # Stable: within a node, tensors stay in the order of their first use.
     return sorted(((node, value) for value, node in readers.items()), key=lambda item: item[0])
 
 
-def _reads(graph: ir.Graph, node: NodeId) -> Iterator[tuple[NodeId, ir.Value]]:
+def _reads(
+    graph: ir.Graph, node: NodeId, tree: TreeSpec | None
+) -> Iterator[tuple[NodeId, ir.Value]]:
     for operation in graph:
         yield from ((node, value) for value in operation.inputs if value is not None)
-        if operation.op_type == "If":
-            for number, branch in enumerate(branches(operation)):
-                yield from _reads(branch, (*node, number))
+        if operation.op_type == "If" and tree is not None:
+            children = tree.children(node)
+            for child, branch in zip(children, branches(operation, len(children)), strict=True):
+                yield from _reads(branch, child, tree)
 
 
 def _common(one: NodeId, other: NodeId) -> NodeId:

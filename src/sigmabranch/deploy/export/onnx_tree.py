@@ -17,7 +17,7 @@ from sigmabranch.deploy.export.onnx_graph import as_graph, branches, decision, s
 from sigmabranch.deploy.export.program import HardPath, traced
 from sigmabranch.errors import ConversionError
 from sigmabranch.net import SigmaBranchNet
-from sigmabranch.tree import NodeId
+from sigmabranch.tree import NodeId, TreeSpec
 
 FILE = "tree.onnx"
 # Outweighs what any router says, and float32 still holds it.
@@ -32,10 +32,12 @@ def write(net: SigmaBranchNet, folder: Path, sample: Tensor) -> Written:
             operation.
     """
     program = traced(HardPath(net), (sample,))
-    save(as_graph(program, ["input"], ["logits", "leaf"]), folder / FILE)
+    save(as_graph(program, ["input"], ["logits", "leaf"]), folder / FILE, net.tree)
 
     def written(leaf: NodeId | None) -> Run:
-        return _run(session(folder / FILE) if leaf is None else _forced(folder / FILE, leaf))
+        if leaf is None:
+            return _run(session(folder / FILE))
+        return _run(_forced(folder / FILE, net.tree, leaf))
 
     return written
 
@@ -48,7 +50,7 @@ def _run(tree: onnxruntime.InferenceSession) -> Run:
     return run
 
 
-def _forced(path: Path, leaf: NodeId) -> onnxruntime.InferenceSession:
+def _forced(path: Path, tree: TreeSpec, leaf: NodeId) -> onnxruntime.InferenceSession:
     """The written graph, and its own weights, with the routers on the way to ``leaf`` overruled.
 
     A bias in front of their softmax does it, so that the comparison behind it still counts. (Equal
@@ -57,9 +59,9 @@ def _forced(path: Path, leaf: NodeId) -> onnxruntime.InferenceSession:
     model = ir.load(path)
     graph = model.graph
     for level, branch in enumerate(leaf):
-        choice = decision(graph)
-        _overrule(_softmax(choice), branch, level)
-        graph = branches(choice)[branch]
+        choice, count = decision(graph), len(tree.children(leaf[:level]))
+        _overrule(_softmax(choice), branch, count, level)
+        graph = branches(choice, count)[branch]
     options = onnxruntime.SessionOptions()
     # Of a graph in memory the runtime does not know where its weights are.
     options.add_session_config_entry(
@@ -68,8 +70,8 @@ def _forced(path: Path, leaf: NodeId) -> onnxruntime.InferenceSession:
     return session(ir.serde.serialize_model(model).SerializeToString(), options)
 
 
-def _overrule(softmax: ir.Node, branch: int, level: int) -> None:
-    bias = np.zeros((1, 2), np.float32)
+def _overrule(softmax: ir.Node, branch: int, count: int, level: int) -> None:
+    bias = np.zeros((1, count), np.float32)
     bias[0, branch] = _FORCE
     constant = ir.node("Constant", [], {"value": ir.tensor(bias)})
     overruled = ir.node("Add", [softmax.inputs[0], constant.outputs[0]])

@@ -5,8 +5,9 @@ Shapes: V classes, K branches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,15 @@ from sigmabranch.tree import NodeId, node_key
 _ORIGINS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 
 
+# Flat tensors of a feature → logits (1, V), leaf (1,).
+Branch: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
+
+
 class HardPath(nn.Module):
     """One input to its leaf's logits, each decision a ``torch.cond`` (shares the net's modules).
+
+    A node of K branches is K − 1 of them, one in the other: is the last branch the likeliest of
+    all, else the last but one of those that are left, and so on.
 
     Names of its tensors are those of the saved network.
     """
@@ -48,22 +56,46 @@ class HardPath(nn.Module):
         log_prob_1K = self.routers[node_key(node)](seen)
         # Conditions take tensors only, whatever a feature is made of.
         tensors, structure = pytree.tree_flatten((feature, seen) if self.early else (feature,))
-        return torch.cond(
-            log_prob_1K[0, 1] > log_prob_1K[0, 0],  # a draw goes left, as in the network
-            self._branch((*node, 1), structure),
-            self._branch((*node, 0), structure),
-            tuple(tensors),
-        )
+        branches = [self._branch(child, structure) for child in self.tree.children(node)]
+        return _choice(_is_best(log_prob_1K), branches, tuple(tensors))
 
-    def _branch(
-        self, child: NodeId, structure: pytree.TreeSpec
-    ) -> Callable[..., tuple[Tensor, Tensor]]:
+    def _branch(self, child: NodeId, structure: pytree.TreeSpec) -> Branch:
         def taken(*tensors: Tensor) -> tuple[Tensor, Tensor]:
             feature, *seen = pytree.tree_unflatten(tensors, structure)
             feature = self.specializers[node_key(child)](feature)
             return self._below(child, feature, seen[0] if self.early else feature)
 
         return taken
+
+
+def _is_best(log_prob_1K: Tensor) -> list[Tensor]:
+    """For each branch but the first, whether it is likelier than all before it, as scalars.
+
+    A draw goes to the first branch, as in the network.
+    """
+    return [
+        log_prob_1K[0, branch] > reduce(torch.maximum, [log_prob_1K[0, k] for k in range(branch)])
+        for branch in range(1, log_prob_1K.shape[1])
+    ]
+
+
+def _choice(
+    is_best: Sequence[Tensor], branches: Sequence[Branch], tensors: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """What the last branch makes of ``tensors`` if it is the best, else one of those before it."""
+    *earlier, last_is_best = is_best
+    *rest, last = branches
+    if not earlier:
+        return torch.cond(last_is_best, last, rest[0], tensors)
+    count = len(earlier)
+
+    def taken(*given: Tensor) -> tuple[Tensor, Tensor]:
+        return last(*given[count:])
+
+    def left(*given: Tensor) -> tuple[Tensor, Tensor]:
+        return _choice(given[:count], rest, given[count:])
+
+    return torch.cond(last_is_best, taken, left, (*earlier, *tensors))
 
 
 def traced(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:

@@ -1,0 +1,378 @@
+"""Where any network may be cut: its own forward, read as modules applied one after another.
+
+The forward is followed symbolically with the network's modules as black boxes, so that nothing but
+the glue between them has to be understood. A place where a single tensor is alive is a possible
+cut. What lies between two cuts is a module of the network, or else a small graph of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sigmabranch.backbones.base import Backbone
+from sigmabranch.backbones.pools import channel_dim, pool_of
+from sigmabranch.coupling import evaluating
+from sigmabranch.errors import ConversionError
+
+# A black box with more than this share of the network's parameters is opened, if that gives cuts.
+_LARGE = 0.3
+# A network that changes its shape less often is uniform, and gets this many equal stages.
+_CHANGES, _PARTS = 2, 4
+
+
+class ChainModel(nn.Module):
+    """The same network as its modules in a row; they are those of the original, under its names."""
+
+    def __init__(self, original: nn.Module, steps: Sequence[_Step]) -> None:
+        super().__init__()
+        names = {step.path.partition(".")[0] for step in steps if step.glue is None}
+        for name, child in original.named_children():
+            if name in names:
+                self.add_module(name, child)
+        for step in steps:
+            if step.glue is not None:
+                self.add_module(step.path, step.glue)
+        self.paths = tuple(step.path for step in steps)
+
+    def forward(self, x: Tensor) -> Any:
+        """What the original returns."""
+        for path in self.paths:
+            x = self.get_submodule(path)(x)
+        return x
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One link of the chain: a module of the network, or glue under a new name."""
+
+    path: str
+    glue: fx.GraphModule | None = None
+
+
+def chain_backbone(model: nn.Module, example: Tensor, pool: str = "mean") -> Backbone:
+    """Find a network's chain, stages, pool and head by following its forward.
+
+    Args:
+        model: (B, ...) → (B, V) logits; read, never changed.
+        example: a legal input, (1, ...), on the model's device.
+        pool: what routers see of a feature: ``"mean"`` over all positions, or ``"first"`` of the
+            tokens, which is the class token where there is one.
+
+    Raises:
+        ConfigError: an unknown pool.
+        ConversionError: the forward branches on values, or is one piece that cannot be cut.
+    """
+    with evaluating(model), torch.no_grad(), _unmarked(model):
+        chained = ChainModel(model, _steps(model, example))
+        shapes = _shapes(chained, example)
+    paths = chained.paths
+    first = _head_start(chained, shapes)
+    if first < 2:
+        raise ConversionError(
+            f"{type(model).__name__} cannot be cut before its head ({' → '.join(paths)}): "
+            "describe it with a Backbone of its own"
+        )
+    return Backbone(
+        model=chained,
+        original=model,
+        chain=paths[:first],
+        stages=_stages(chained, paths[:first], shapes[0]),
+        pool=pool_of(pool, channel_dim([sizes[first] for sizes in shapes])),
+        head=paths[first:],
+        head_pools=True,
+    )
+
+
+@contextmanager
+def _unmarked(model: nn.Module) -> Iterator[None]:
+    """Take away the constants that fx hangs on the network it follows."""
+    before = set(vars(model))
+    try:
+        yield
+    finally:
+        for name in set(vars(model)) - before:
+            delattr(model, name)
+
+
+# -- reading the forward -------------------------------------------------------------------------
+
+
+class _Outline(fx.Tracer):
+    """Follows a forward; only plain sequences and the ``opened`` modules are looked into.
+
+    Every value is computed along the way, so that conditions on shapes have answers; conditions on
+    what an input holds have none that hold for all inputs, and are refused.
+    """
+
+    def __init__(self, example: Tensor, opened: Iterable[str]) -> None:
+        super().__init__(param_shapes_constant=True)
+        self.example, self.opened = example, set(opened)
+        self.values: dict[fx.Node, Any] = {}
+        self._computing = False
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether ``m`` stays a black box."""
+        return type(m) is not nn.Sequential and module_qualified_name not in self.opened
+
+    def create_node(self, kind: str, target: Any, *described: Any, **more: Any) -> fx.Node:
+        """As fx does; the value that stands behind the node is computed too."""
+        node = super().create_node(kind, target, *described, **more)
+        self.values[node] = self._computed(node) if self.values else self.example
+        return node
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A proxy that knows its length."""
+        return _Proxy(node, self)
+
+    def _computed(self, node: fx.Node) -> Any:
+        if node.op in ("placeholder", "output") or node.target is torch._assert:
+            return None
+        if node.target in ("item", "tolist"):
+            raise ValueError(f"it reads what a tensor holds, by {node.target}()")
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        target = str(node.target)
+        self._computing = True
+        try:
+            if node.op == "call_module":
+                return self.root.get_submodule(target)(*args, **kwargs)
+            if node.op == "call_method":
+                return getattr(args[0], target)(*args[1:], **kwargs)
+            if node.op == "call_function":
+                return node.target(*args, **kwargs)  # type: ignore[operator]
+            return _attribute(self.root, target)
+        finally:
+            self._computing = False
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """As fx does, but while a value is computed modules just run."""
+        if self._computing:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """As fx does, but while a value is computed parameters are themselves."""
+        if self._computing:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """The answer, if it depends on shapes alone."""
+        value = self.values[obj.node]
+        return super().to_bool(obj) if isinstance(value, Tensor) else bool(value)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """As many items as the example gives."""
+        value = self.values[obj.node]
+        if not isinstance(value, Sequence):
+            return super().iter(obj)
+        return iter([operator.getitem(obj, position) for position in range(len(value))])  # type: ignore[call-overload]
+
+
+class _Proxy(fx.Proxy):
+    def __len__(self) -> int:
+        return len(self.tracer.values[self.node])  # type: ignore[attr-defined]
+
+
+def _attribute(root: nn.Module, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(root.get_submodule(owner), name)
+
+
+def _steps(model: nn.Module, example: Tensor) -> list[_Step]:
+    """The finest chain that opening large modules gives."""
+    opened: set[str] = set()
+    steps = _followed(model, example, opened)
+    refused: set[str] = set()
+    while (path := _largest(model, steps, refused)) is not None:
+        try:
+            finer = _followed(model, example, {*opened, path})
+        except ConversionError:
+            finer = steps
+        if _modules(finer) > _modules(steps):
+            opened, steps = {*opened, path}, finer
+        else:
+            refused.add(path)
+    return steps
+
+
+def _modules(steps: Sequence[_Step]) -> int:
+    return sum(step.glue is None for step in steps)
+
+
+def _largest(model: nn.Module, steps: Sequence[_Step], refused: set[str]) -> str | None:
+    """A black box that holds much of the network and is no layer of torch itself."""
+    limit = _LARGE * _count(model)
+    for step in steps:
+        if step.glue is None and step.path not in refused:
+            module = model.get_submodule(step.path)
+            if not type(module).__module__.startswith("torch.") and _count(module) > limit:
+                return step.path
+    return None
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _followed(model: nn.Module, example: Tensor, opened: set[str]) -> list[_Step]:
+    arguments = list(inspect.signature(model.forward).parameters.values())[1:]
+    fixed = {a.name: a.default for a in arguments if a.default is not inspect.Parameter.empty}
+    outline = _Outline(example, opened)
+    try:
+        with _unheard():
+            graph = outline.trace(model, concrete_args=fixed)
+    except Exception as error:  # the forward is foreign code and may fail in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConversionError(
+            f"the forward of {type(model).__name__} cannot be followed ({reason}): describe it "
+            "with a sigmabranch.Backbone that names its chain, stages, pool and head"
+        ) from error
+    return list(_cut(model, graph, outline.values))
+
+
+def _cut(model: nn.Module, graph: fx.Graph, values: Mapping[fx.Node, Any]) -> Iterator[_Step]:
+    """Split a graph wherever one tensor alone is alive."""
+    (end,) = graph.find_nodes(op="output")
+    source = next(node for node in graph.nodes if node.op == "placeholder")
+    needed = _reached([end], lambda node: node.all_input_nodes)
+    # What the input does not decide is no cut; it is made anew in every piece that uses it.
+    moving = _reached([source], lambda node: node.users) & needed
+    nodes = [node for node in graph.nodes if node in moving and node not in (source, end)]
+    if not nodes:
+        raise ConversionError(f"the output of {type(model).__name__} does not depend on its input")
+    order = {node: position for position, node in enumerate([*nodes, end])}
+    last_use = {
+        node: max(order[user] for user in node.users if user in moving) for node in moving - {end}
+    }
+    names, piece, alive = _Names(model), [], {source}
+    for position, node in enumerate(nodes):
+        piece.append(node)
+        alive = {other for other in {*alive, node} if last_use[other] > position}
+        if alive == {node} and isinstance(values[node], Tensor):
+            yield _step(model, source, piece, moving, names)
+            source, piece = node, []
+    if piece:
+        raise ConversionError(f"{type(model).__name__} does not return one tensor of logits")
+
+
+def _step(
+    model: nn.Module, source: fx.Node, piece: list[fx.Node], moving: set[fx.Node], names: _Names
+) -> _Step:
+    if len(piece) == 1:
+        (node,) = piece
+        if node.op == "call_module" and node.args == (source,) and not node.kwargs:
+            return _Step(str(node.target))
+    members = _reached(piece, lambda node: node.all_input_nodes) - moving | set(piece)
+    graph = fx.Graph()
+    copies = {source: graph.placeholder("x")}
+    for node in source.graph.nodes:
+        if node in members:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[piece[-1]])
+    return _Step(names.fresh(piece[-1]), fx.GraphModule(model, graph))
+
+
+def _reached(
+    start: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]
+) -> set[fx.Node]:
+    """``start`` and everything that leads on from it."""
+    found: set[fx.Node] = set()
+    waiting = list(start)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += neighbours(node)
+    return found
+
+
+class _Names:
+    """New names for glue, after the operation that ends it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._taken = set(dir(model)) | {name for name, _ in model.named_children()}
+
+    def fresh(self, node: fx.Node) -> str:
+        name = node.name.replace(".", "_")
+        while name in self._taken:
+            name += "_"
+        self._taken.add(name)
+        return name
+
+
+# -- where stages begin, and the head ------------------------------------------------------------
+
+
+def _shapes(chained: ChainModel, example: Tensor) -> list[list[tuple[int, ...]]]:
+    """Shapes of the input and of every link's output, for the example and for one twice as large.
+
+    The second is missing where the network takes one size only.
+    """
+    found = [list(_walk(chained, example))]
+    twice = {3: (1, 2, 1), 4: (1, 1, 2, 2)}.get(example.ndim)
+    if twice is not None:
+        # Foreign code may refuse in any way.
+        with _unheard(), suppress(Exception):
+            found.append(list(_walk(chained, example.repeat(*twice))))
+    return found
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Keep to ourselves what fx tells on stderr of a forward that fails."""
+    with redirect_stderr(io.StringIO()):
+        yield
+
+
+def _walk(chained: ChainModel, feature: Tensor) -> Iterator[tuple[int, ...]]:
+    for path in (None, *chained.paths):
+        if path is not None:
+            feature = chained.get_submodule(path)(feature)
+        if not isinstance(feature, Tensor):
+            raise ConversionError(
+                f"module {path!r} returns no tensor: describe the network with a Backbone"
+            )
+        yield tuple(feature.shape[1:])
+
+
+def _head_start(chained: ChainModel, shapes: list[list[tuple[int, ...]]]) -> int:
+    """Position in the chain of the first link from which on there are vectors, not maps."""
+    if len(shapes[0][-1]) != 1:
+        raise ConversionError(
+            f"the network returns {shapes[0][-1]} per input, not one vector of logits"
+        )
+    if _is_vector(shapes[0][0]):  # vectors all the way: the head is the last layer
+        return max(i for i, path in enumerate(chained.paths) if _is_layer(chained, path))
+    maps = [i for sizes in shapes for i, size in enumerate(sizes) if not _is_vector(size)]
+    return max(maps)
+
+
+def _is_vector(shape: tuple[int, ...]) -> bool:
+    return sum(size > 1 for size in shape) <= 1
+
+
+def _is_layer(chained: ChainModel, path: str) -> bool:
+    """Whether a link has weights, not norms or tokens alone."""
+    weights = chained.get_submodule(path).named_parameters()
+    return any(p.ndim > 1 and name.endswith("weight") for name, p in weights)
+
+
+def _stages(
+    chained: ChainModel, chain: Sequence[str], shape: Sequence[tuple[int, ...]]
+) -> tuple[str, ...]:
+    """The links that change the feature's shape; equal parts of a network that hardly does."""
+    layers = [number for number, path in enumerate(chain) if number and _is_layer(chained, path)]
+    changing = [number for number in layers if shape[number] != shape[number + 1]]
+    if len(changing) < _CHANGES:
+        count = min(_PARTS, len(layers))
+        changing = [layers[len(layers) * part // count] for part in range(count)]
+    return tuple(chain[number] for number in changing)

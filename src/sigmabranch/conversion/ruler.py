@@ -1,0 +1,208 @@
+"""How large the paths of a tree would be, counted from a trace alone.
+
+What a plan keeps of a tensor is a product over its axes, and what it keeps of an axis depends only
+on how many units of one group are kept. So a table per axis answers for all widths at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from sigmabranch.conversion.cut import Cutter
+from sigmabranch.tree import TreeSpec
+
+#: A group of units: the outputs of a level, or an inner group by its first tensor.
+Group: TypeAlias = int | str
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What one path and the whole tree hold and do.
+
+    Attributes:
+        active_params: parameters of one path, its routers included; of the longest, if they differ.
+        total_params: parameters of all nodes.
+        macs: multiply-accumulates of one path's convolutions and linear layers; products of
+            activations with each other, as in attention, are not counted.
+    """
+
+    active_params: int
+    total_params: int
+    macs: int
+
+
+class Ruler:
+    """Sizes of a tree's nodes as a function of the widths and shares.
+
+    Args:
+        cutter: the dense network with the levels of ``tree``.
+        tree: the tree; its widths, shares and heads do not matter, but whether it cuts heads does.
+        positions: weight → how many positions of the output it is applied at
+            (:func:`applications`).
+    """
+
+    def __init__(self, cutter: Cutter, tree: TreeSpec, positions: dict[str, int]) -> None:
+        self.cutter, self.tree, self.positions = cutter, tree, positions
+        self.units = [
+            int(cutter.unit_of_channel(level).max()) + 1 for level in range(tree.depth + 1)
+        ]
+        self.channels = [len(cutter.unit_of_channel(level)) for level in range(tree.depth + 1)]
+        self._space_of_unit = self._spaces()
+        self._output_spaces = [cutter.coupling.space_of_output(end).name for end in cutter.outputs]
+        backbone, levels = cutter.backbone, cutter.levels
+        self._trunk = self._tensors(levels.trunk, 0)
+        self._levels = [self._tensors(paths, level) for level, paths in enumerate(levels.levels, 1)]
+        self._head = self._tensors(backbone.head, tree.depth)
+
+    def sizes(self, tree: TreeSpec) -> Sizes:
+        """Sizes of ``tree``, which has widths and shares for every level."""
+        kept = [self._kept(tree, level) for level in range(tree.depth + 1)]
+        level_costs = [self._cost(self._trunk, kept[0])] + [
+            self._cost(tensors, kept[level]) for level, tensors in enumerate(self._levels, start=1)
+        ]
+        head_params, head_macs = self._cost(self._head, kept[-1])
+        widths = [self.channels[0], *(tree.widths or ())]
+        routers = {
+            node: _router_params(widths[len(node)], tree, len(tree.children(node)))
+            for node in tree.inner
+        }
+        node_params = {(): level_costs[0][0]} | {
+            node: sum(level_costs[level][0] for level in tree.levels_of(node))
+            for node in tree.specializers
+        }
+        active = max(
+            sum(node_params[leaf[:length]] for length in range(len(leaf) + 1))
+            + sum(routers[leaf[:length]] for length in range(len(leaf)))
+            for leaf in tree.leaves
+        )
+        total = sum(node_params.values()) + sum(routers.values()) + len(tree.leaves) * head_params
+        return Sizes(
+            active_params=active + head_params,
+            total_params=total,
+            macs=sum(macs for _, macs in level_costs) + head_macs,
+        )
+
+    # What is kept of an axis, by what is kept of its group.
+
+    def _spaces(self) -> Tensor:
+        """Unit → number of its space."""
+        spaces = self.cutter.coupling.spaces
+        last = max((int(space.units.max()) for space in spaces), default=0)
+        table = torch.full((last + 1,), -1)
+        for number, space in enumerate(spaces):
+            table[space.units] = number
+        return table
+
+    def _kept(self, tree: TreeSpec, level: int) -> dict[Group, int]:
+        """Units kept of every group that the modules of a level see."""
+        kept: dict[Group, int] = {0: self.units[0]}
+        for before in range(1, level + 1):
+            width = (tree.widths or ())[before - 1]
+            kept[before] = max(1, width * self.units[before] // self.channels[before])
+        if level:
+            share = (tree.shares or ())[level - 1]
+            heads = tree.heads[level - 1] if tree.heads else None
+            paths = self.cutter.levels.levels[level - 1]
+            paths += self.cutter.backbone.head if level == tree.depth else ()
+            kept.update(self.cutter.inner_kept(paths, share, heads))
+        elif tree.trunk_share is not None:
+            kept.update(self.cutter.inner_kept(self.cutter.levels.trunk, tree.trunk_share))
+        return kept
+
+    def _tensors(self, paths: Sequence[str], level: int) -> list[tuple[str, list[_Axis]]]:
+        """Every parameter of the modules at ``paths``, with the table of each of its axes."""
+        tensors = []
+        for path in paths:
+            module = self.cutter.backbone.model.get_submodule(path)
+            for name, parameter in module.named_parameters(path):
+                axes = self.cutter.coupling.axes.get(name, {})
+                tables = [
+                    self._axis(axes.get(dim), size, level)
+                    for dim, size in enumerate(parameter.shape)
+                ]
+                tensors.append((name, tables))
+        return tensors
+
+    def _axis(self, units: Tensor | None, size: int, level: int) -> _Axis:
+        if units is None or not bool((units > 0).any()):
+            return _Axis(None, [size])
+        number = int(self._space_of_unit[units[units > 0][0]])
+        space = self.cutter.coupling.spaces[number]
+        own = [at for at in range(level + 1) if self._output_spaces[at] == space.name]
+        if own:
+            ends = self.cutter.coupling.output_axis(self.cutter.outputs[own[-1]]).units.unique()
+            return _Axis(own[-1], _table(units, ends))
+        return _Axis(space.name, _table(units, space.units))
+
+    def _cost(
+        self, tensors: Iterable[tuple[str, list[_Axis]]], kept: dict[Group, int]
+    ) -> tuple[int, int]:
+        params = macs = 0
+        for name, axes in tensors:
+            left = prod(axis.left(kept) for axis in axes)
+            params += left
+            macs += left * self.positions.get(name, 0)
+        return params, macs
+
+
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """Positions left of an axis by units left of its group; all of them without one."""
+
+    group: Group | None
+    table: list[int]
+
+    def left(self, kept: dict[Group, int]) -> int:
+        if self.group is None or self.group not in kept:
+            return self.table[-1]
+        return self.table[kept[self.group]]
+
+
+def _table(units: Tensor, group: Tensor) -> list[int]:
+    """Positions left when the first k units of a group are kept, for every k."""
+    rank = torch.searchsorted(group, units).clamp(max=len(group) - 1)
+    member = group[rank] == units
+    counts = torch.bincount(rank[member], minlength=len(group)).cumsum(0)
+    always = int((~member).sum())
+    return [always, *(counts + always).tolist()]
+
+
+def _router_params(channels: int, tree: TreeSpec, branches: int) -> int:
+    """Projection, layer norm and gate of a router (paper, eq. 1)."""
+    latent = tree.projection_dim
+    return latent * (channels + 1) + 2 * latent + branches * (latent + 1)
+
+
+def applications(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """How many output positions each convolution's or linear layer's weight is applied at.
+
+    Args:
+        model: the dense network, in eval mode.
+        example: one input, (1, ...).
+    """
+    found: dict[str, int] = {}
+    handles = []
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim > 1:
+            note = partial(_note, found, f"{name}.weight", len(weight))
+            handles.append(module.register_forward_hook(note))
+    with torch.no_grad():
+        model(example)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _note(
+    found: dict[str, int], name: str, rows: int, module: nn.Module, given: Any, output: Any
+) -> None:
+    if isinstance(output, Tensor):
+        found[name] = found.get(name, 0) + output.numel() // rows
