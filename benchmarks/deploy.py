@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from sigmabranch.conversion import ConversionSpec, convert
 from sigmabranch.deploy import Package, Runtime, Trace, pack
 from sigmabranch.deploy.simulate import Storage, checking_rate, latency, path_steps, streamed_bytes
-from sigmabranch.sizes import byte_count
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.peers.catalog import find_system
+from sigmabranch.sizes import byte_count
 from sigmabranch.tasks import Task, find_task, ordered
 
 MB = 10**6

@@ -20,7 +20,7 @@ from sigmabranch.report import Table, comparison_table, main_rows, main_table
 from sigmabranch.tasks import Group, find_task, group_results, read_results
 
 HERE = Path(__file__).resolve().parent
-PAGES = (HERE.parent / "README.md", HERE / "README.md")
+PAGES = (HERE.parent / "README.md", HERE / "README.md", HERE.parent / "docs" / "networks.md")
 GROUPS = group_results(read_results(HERE))
 
 SHARP = {
@@ -140,9 +140,35 @@ def main_of_the_paper() -> Table:
     return main_table(paper_rows())
 
 
-def systems_on_cifar100() -> Table:
-    """Every system on CIFAR-100, as ``sigmabranch table comparison`` prints it."""
-    return comparison_table(files.read_json(HERE / "compare-cifar100-small.json"))
+def systems(name: str) -> Table:
+    """Every system on one bench, as ``sigmabranch table comparison`` prints it."""
+    return comparison_table(files.read_json(HERE / f"compare-{name}.json"))
+
+
+def entries() -> Table:
+    """Accuracy right after conversion by how the levels begin."""
+    networks = {"vit": "ViT of 0.48 M", "convnext": "ConvNeXt of 0.63 M"}
+
+    def rows_of(name: str) -> tuple[tuple[str, ...], ...]:
+        rows = files.read_json(HERE / "benchmarks" / f"entries-{name}.json")["rows"]
+        by_entry: dict[str, dict[bool, Any]] = {}
+        for row in rows:
+            by_entry.setdefault(row["entry"], {})[row["norms_fitted"]] = row
+        return tuple(
+            (
+                entry,
+                both[True]["cuts"],
+                f"{both[True]['active_params']:,}",
+                f"{both[True]['smallest_share']:.2f}",
+                *(f"{both[fitted]['top1']:.2f}" for fitted in (False, True)),
+            )
+            for entry, both in by_entry.items()
+        )
+
+    return Table(
+        header=("entry", "cut at", "parameters run", "share kept", "top-1 %", "norms fitted"),
+        groups=tuple((title, rows_of(name)) for name, title in networks.items()),
+    )
 
 
 def streaming() -> Table:
@@ -336,13 +362,16 @@ TABLES: Mapping[str, Callable[[], Table]] = {
     "cifar100-small": cifar100_small,
     "digits": partial(demo, "digits-resnet"),
     "shapes": partial(demo, "shapes-pointnet2"),
-    "compare-cifar100-small": systems_on_cifar100,
+    "compare-cifar100-convnext": partial(systems, "cifar100-convnext"),
+    "compare-cifar100-small": partial(systems, "cifar100-small"),
+    "compare-cifar100-vit": partial(systems, "cifar100-vit"),
     "deploy-gpu": over_the_bus,
     "deploy-int8": in_eight_bits,
     "deploy-latency": streaming,
     "deploy-stream": streams,
     "deploy-trunk": slimmer_trunks,
     "deploy-vela": by_vela,
+    "entries": entries,
     "main": main_of_the_paper,
     "quantize": few_bits,
     "modelnet40-cpu": modelnet40_on_a_cpu,

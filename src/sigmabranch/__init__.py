@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from sigmabranch.conversion import (
         ConversionRecord,
         ConversionSpec,
+        Proposal,
         convert,
         plan_budget,
+        propose_tree,
         rebuild,
     )
     from sigmabranch.coupling import CouplingMap, SlicePlan, trace
@@ -55,8 +57,10 @@ _HOMES = {
     "sigmabranch.conversion": (
         "ConversionRecord",
         "ConversionSpec",
+        "Proposal",
         "convert",
         "plan_budget",
+        "propose_tree",
         "rebuild",
     ),
     "sigmabranch.coupling": ("CouplingMap", "SlicePlan", "trace"),
@@ -86,6 +90,7 @@ __all__ = [
     "PointNet2",
     "PointNet2Spec",
     "Prediction",
+    "Proposal",
     "Recipe",
     "ResNet",
     "ResNetSpec",
@@ -107,6 +112,7 @@ __all__ = [
     "model_card",
     "pack",
     "plan_budget",
+    "propose_tree",
     "push_to_hub",
     "rebuild",
     "trace",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,13 @@ def test_the_chain_computes_what_the_network_does_and_leaves_it_alone(network):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_a_first_operation_in_place_leaves_the_example_alone():
+    model = nn.Sequential(nn.ReLU(inplace=True), *perceptron())
+    example = torch.full((1, 10), -1.0)
+    as_backbone(model, example)
+    assert torch.equal(example, torch.full((1, 10), -1.0))
+
+
 def test_modules_keep_their_names_and_glue_gets_new_ones():
     backbone = as_backbone(Pictures(), torch.zeros(1, 3, 8, 8))
     assert backbone.chain == (
@@ -115,6 +123,29 @@ def test_modules_keep_their_names_and_glue_gets_new_ones():
     assert dict(backbone.model.named_parameters()).keys() == {
         "mul.scale" if name == "scale" else name for name, _ in Pictures().named_parameters()
     }
+
+
+def test_a_module_that_is_called_again_is_a_link_of_its_own():
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(10, 10) for _ in range(4))
+            self.act, self.mixed, self.fc = nn.GELU(), nn.Linear(10, 10), nn.Linear(10, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = self.act(self.mixed(self.act(layer(x))))
+            return self.fc(x)
+
+    torch.manual_seed(0)
+    model = Again()
+    backbone = as_backbone(model, torch.zeros(1, 10))
+    assert len(set(backbone.chain)) == len(backbone.chain) == 16
+    tree = sb.TreeSpec.balanced(1, cuts=("layers.2",), projection_dim=8)
+    net = sb.convert(model, batches((10,)), tree)
+    x = batches((10,))[0][0]
+    whole = sb.convert(model, batches((10,)), replace(tree, widths=(10,), shares=(1.0,)))
+    assert torch.allclose(whole(x), model(x), atol=1e-5) and net(x).shape == (8, 5)
 
 
 def test_stages_begin_where_the_shape_changes():

@@ -53,11 +53,14 @@ def test_without_a_gpu_it_says_so(tmp_path) -> None:
         GpuPath(tmp_path)
 
 
-@pytest.fixture(scope="module", params=[None, "layer1"])
+THREE = {"leaves": ((0,), (1,), (2,))}
+
+
+@pytest.fixture(scope="module", params=[{}, {"decide_after": "layer1"}, THREE])
 def packed(request, tmp_path_factory):
     torch.manual_seed(0)
     task = find_task("cifar100-small")
-    _, net = sketch(replace(task, tree=replace(task.tree, decide_after=request.param)))
+    _, net = sketch(replace(task, tree=replace(task.tree, **request.param)))
     with torch.no_grad():  # so that inputs differ in their leaves
         for name, value in net.named_parameters():
             if "router" in name:

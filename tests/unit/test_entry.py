@@ -198,7 +198,8 @@ def test_what_adds_channels_to_its_input_cannot_gather_but_can_cut_before():
     ).eval()  # fmt: skip
     with pytest.raises(ConversionError, match="adds channels to those of its input"):
         converted(model, leaves=((0,), (1,)), cuts=("4",), entry="gather")
-    net = converted(model, leaves=((0,), (1,)), cuts=("3",), widths=(12,))
+    net = converted(model, leaves=((0,), (1,)), cuts=("3",))
+    assert net.record["widths"] == [16] and net.record["shares"] == [0.5]
     assert all(node["max_error"] < 1e-9 for node in net.record["nodes"]["0"])
 
 

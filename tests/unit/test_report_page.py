@@ -8,6 +8,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
 from sigmabranch.report import Run, comparison, node_table, write_report
+from sigmabranch.report.proposal_table import proposal_table
+from sigmabranch.tree import TreeSpec
 
 LEAVES = ["0-0", "0-1", "1-0", "1-1"]
 COST = {
@@ -93,6 +95,56 @@ def test_the_node_table_adds_up_and_shares_flow_down_the_tree():
     assert rows["all nodes"][1:3] == ("1,200", "6,000")
 
 
+def scores(samples, votes, chosen, reason):
+    parts = len(votes)
+    return {
+        "samples": samples,
+        "silhouette": [0.0, 0.41, 0.52, 0.4][:parts],
+        "silhouette_floor": [0.0, 0.2, 0.2, 0.2][:parts],
+        "gap": [0.1, 0.3, -0.25, 0.8][:parts],
+        "gap_error": [0.01] * parts,
+        "bic": [-1.0, -0.5, 0.5, 0.4][:parts],
+        "votes": votes,
+        "chosen": chosen,
+        "reason": reason,
+    }
+
+
+PROPOSAL = {
+    "tree": TreeSpec(leaves=((0,), (1,), (2,)), cuts=("layer3",)).to_dict(),
+    "scores": {
+        "root": scores(1500, [0, 2, 3, 2], 3, "split in 3: 3 of 3 criteria"),
+        **{str(leaf): scores(500, [], 1, "leaf: <the last level>") for leaf in range(3)},
+    },
+    "cuts": {
+        "layer2": scores(1500, [0, 1], 1, "stop"),
+        "layer3": scores(1500, [0, 3], 2, "split in 2"),
+    },
+    "samples": 1500,
+}
+
+
+def test_the_proposal_table_has_a_row_for_each_place_and_each_number_of_parts():
+    where, root, leaf, *_ = proposal_table(PROPOSAL).groups
+    assert where[0] == "Where to cut: all 1,500 samples, split in 2"
+    assert [(row[0], row[-1]) for row in where[1]] == [
+        ("before layer2", ""),
+        ("before layer3", "✓"),
+    ]
+    assert root[0] == "Trunk, 1,500 samples: split in 3: 3 of 3 criteria"
+    assert [row[0] for row in root[1]] == ["2 parts", "3 parts", "4 parts"]
+    assert root[1][1] == (
+        "3 parts",
+        "0.520",
+        "0.200",
+        "−0.250 ± 0.010",  # noqa: RUF001
+        "1.500",
+        "3 of 3",
+        "✓",
+    )
+    assert leaf == ("Node 0, 500 samples: leaf: <the last level>", ())
+
+
 def test_a_table_reads_the_same_in_a_terminal_and_in_markdown():
     table = comparison(COST, DENSE, EVALUATION)
     text, markdown = table.to_text(), table.to_markdown()
@@ -114,7 +166,7 @@ def page(tmp_path_factory):
         cost=COST,
         evaluation=EVALUATION,
         dense_evaluation=DENSE,
-        record=RECORD,
+        record={**RECORD, "proposal": PROPOSAL},
         dense_history=history,
         finetune_history=history,
         recipe={"fine-tuning": {"lr": 0.05, "schedule": "cosine"}},
@@ -142,6 +194,9 @@ def test_the_page_shows_numbers_warnings_recipe_and_provenance(page):
         "cosine",
         "How it was counted.",
         "a &amp; b",
+        "Why this tree",
+        "3 of 3 criteria",
+        "leaf: &lt;the last level&gt;",
     ):
         assert expected in text
     assert text.count("<svg") == 4
@@ -205,3 +260,4 @@ def test_a_run_without_histories_or_a_dense_network_still_makes_a_page(tmp_path)
     text = write_report(run, tmp_path).read_text(encoding="utf-8")
     assert text.count("<svg") == 2
     assert "Read this first" not in text
+    assert "Why this tree" not in text

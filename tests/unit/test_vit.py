@@ -155,4 +155,3 @@ def test_it_can_be_cut_at_every_block_and_keeps_its_residual_stream(vit):
 def test_its_task_counts_a_path(vit):
     counted = count_task(find_task("cifar100-vit"))
     assert counted["net"]["active_params"] < counted["dense"]["params"]
-

@@ -71,6 +71,7 @@ def chain_backbone(model: nn.Module, example: Tensor, pool: str = "mean") -> Bac
         ConfigError: an unknown pool.
         ConversionError: the forward branches on values, or is one piece that cannot be cut.
     """
+    example = example.clone()  # which an in-place operation would change
     with evaluating(model), torch.no_grad(), _unmarked(model):
         chained = ChainModel(model, _steps(model, example))
         shapes = _shapes(chained, example)
@@ -267,10 +268,11 @@ def _cut(model: nn.Module, graph: fx.Graph, values: Mapping[fx.Node, Any]) -> It
 def _step(
     model: nn.Module, source: fx.Node, piece: list[fx.Node], moving: set[fx.Node], names: _Names
 ) -> _Step:
-    if len(piece) == 1:
-        (node,) = piece
-        if node.op == "call_module" and node.args == (source,) and not node.kwargs:
-            return _Step(str(node.target))
+    (node, *others) = piece
+    plain = not others and node.op == "call_module" and node.args == (source,) and not node.kwargs
+    # A module that is called again is wrapped, because a link is known by its path.
+    if plain and names.is_first(str(node.target)):
+        return _Step(str(node.target))
     members = _reached(piece, lambda node: node.all_input_nodes) - moving | set(piece)
     graph = fx.Graph()
     copies = {source: graph.placeholder("x")}
@@ -296,12 +298,20 @@ def _reached(
 
 
 class _Names:
-    """New names for glue, after the operation that ends it."""
+    """Paths of the links: those of modules once each, and new names for glue."""
 
     def __init__(self, model: nn.Module) -> None:
         self._taken = set(dir(model)) | {name for name, _ in model.named_children()}
+        self._called: set[str] = set()
+
+    def is_first(self, path: str) -> bool:
+        """Whether no link is called ``path`` yet; from now on one is."""
+        is_first = path not in self._called
+        self._called.add(path)
+        return is_first
 
     def fresh(self, node: fx.Node) -> str:
+        """A name after the operation that ends the glue."""
         name = node.name.replace(".", "_")
         while name in self._taken:
             name += "_"

@@ -27,6 +27,7 @@ from sigmabranch.cli import (
     quantize,
     recipe,
     run,
+    search,
     simulate,
     table,
     train,
@@ -76,6 +77,7 @@ app.command("view")(view.command)
 app.command("quantize")(quantize.command)
 app.command("push")(push.command)
 app.command("recipe")(recipe.command)
+app.command("search")(search.command)
 app.command("simulate")(simulate.command)
 app.command("table")(table.command)
 

@@ -3,7 +3,9 @@
 from sigmabranch.conversion.budget import Budget, BudgetPlan, Candidate, plan_budget
 from sigmabranch.conversion.cluster import Clusters, spherical_kmeans
 from sigmabranch.conversion.convert import blueprint, convert, rebuild, single_path
+from sigmabranch.conversion.propose import Proposal, propose_tree
 from sigmabranch.conversion.record import ConversionRecord, ConversionSpec, class_targets
+from sigmabranch.conversion.shape import SplitScores, split_scores
 from sigmabranch.conversion.shards import Shards
 
 __all__ = [
@@ -13,12 +15,16 @@ __all__ = [
     "Clusters",
     "ConversionRecord",
     "ConversionSpec",
+    "Proposal",
     "Shards",
+    "SplitScores",
     "blueprint",
     "class_targets",
     "convert",
     "plan_budget",
+    "propose_tree",
     "rebuild",
     "single_path",
     "spherical_kmeans",
+    "split_scores",
 ]

@@ -13,6 +13,7 @@ from sigmabranch.backbones import Backbone, as_backbone
 from sigmabranch.conversion.budget import plan_budget
 from sigmabranch.conversion.calibrate import reestimate_norms, stream
 from sigmabranch.conversion.growth import Growth, Progress
+from sigmabranch.conversion.propose import Proposal
 from sigmabranch.conversion.record import ConversionRecord, ConversionSpec, Split
 from sigmabranch.conversion.shards import Loader, Shards
 from sigmabranch.errors import ConfigError
@@ -29,7 +30,7 @@ _reproducible = torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_
 def convert(
     dense: nn.Module | Backbone,
     loader: Loader,
-    tree: TreeSpec | None = None,
+    tree: TreeSpec | Proposal | None = None,
     *,
     budget: int | str | None = None,
     spec: ConversionSpec | None = None,
@@ -45,7 +46,8 @@ def convert(
             changed.
         loader: (inputs, labels) batches without augmentation; read several times. Inputs alone will
             do, unless classes are clustered.
-        tree: the tree; two levels and four leaves if None.
+        tree: the tree, or what :func:`~sigmabranch.conversion.propose_tree` proposes, which the
+            record then keeps; two levels and four leaves if None.
         budget: bytes of one path's parameters, such as ``"12MB"``, or ``"40%"`` of the dense; cuts
             and widths are then solved for it (:func:`~sigmabranch.conversion.plan_budget`).
         spec: how to choose clusters and channels; the paper's way if None.
@@ -63,11 +65,13 @@ def convert(
         ConversionError: too few samples, or a copy that differs from the masked dense network.
         NumericError: NaN or infinity in a latent or an activation.
     """
-    spec, tree = spec or ConversionSpec(), tree or TreeSpec()
+    proposal = tree if isinstance(tree, Proposal) else None
+    spec, tree = spec or ConversionSpec(), _tree(tree)
     backbone = _backbone(dense, loader)
     if budget is not None:
         tree = plan_budget(backbone, _first(backbone.model, loader), budget, tree).tree
     growth = Growth(backbone, loader, tree, spec, device, shards, progress)
+    growth.record.proposal = proposal.to_dict() if proposal else None
     growth.slim_trunk()
     for depth in range(tree.depth):
         nodes = growth.nodes_at(depth)
@@ -111,6 +115,10 @@ def rebuild(
     growth.record = copy.deepcopy(record)
     growth.build()
     return growth.finished()
+
+
+def _tree(tree: TreeSpec | Proposal | None) -> TreeSpec:
+    return tree.tree if isinstance(tree, Proposal) else tree or TreeSpec()
 
 
 def _backbone(dense: nn.Module | Backbone, loader: Loader) -> Backbone:

@@ -47,11 +47,12 @@ class Cutter:
         self.entries = self._entries(entry)
 
     def _entries(self, entry: str | None) -> tuple[str, ...]:
-        """How each level begins: a level that makes channels anew can project, others cannot."""
+        """How each level begins: one whose last layer makes all its channels anew can project."""
         spaces = [self.coupling.space_of_output(path).name for path in self.outputs]
         entries = []
         for level, (before, after) in enumerate(pairwise(spaces)):
-            if entry == "inner" or (before == after and entry is None):
+            stays = before == after or self._is_output_put_together(self.outputs[level + 1])
+            if entry == "inner" or (stays and entry is None):
                 entries.append("inner")
             elif before != after:
                 entries.append("project")
@@ -65,6 +66,21 @@ class Cutter:
                     "cut where the network changes its width, or use entry=inner or entry=gather"
                 )
         return tuple(entries)
+
+    def _is_output_put_together(self, output: str) -> bool:
+        units = self.coupling.output_axis(output).units.unique()
+        return self._is_put_together(self.coupling.space_of_output(output), units)
+
+    def _is_put_together(self, space: Space, units: Tensor) -> bool:
+        """Whether several layers make a part each of ``units``, as in dense and inception blocks.
+
+        A choice among all of them could leave a layer without any.
+        """
+        for name, axis in space.tensors:
+            made = torch.isin(units, self.coupling.axes[name][axis])
+            if self.coupling.roles[name, axis] == "makes" and bool(made.any() > made.all()):
+                return True
+        return False
 
     def _check_gather(self, level: int) -> None:
         before, after = (
@@ -105,6 +121,7 @@ class Cutter:
         return [
             (space.name, len(space), self.coupling.is_heads(space))
             for space in self.coupling.inner_spaces(paths, handed_on)
+            if not self._is_put_together(space, space.units)
         ]
 
     def inexact(self, tree: TreeSpec) -> tuple[str, ...]:

@@ -122,7 +122,8 @@ def propose_tree(
         loader: (inputs, labels) batches, or inputs alone, without augmentation.
         tree: all but its leaves is kept, ``cuts`` included; what it says of each level only if the
             proposal is as deep. Without ``cuts`` and ``decide_after``, levels begin where all
-            samples fall into two parts best.
+            samples fall into two parts best: by votes, then by how far the silhouette exceeds
+            chance.
         max_depth: levels at most.
         max_branches: children of a node at most.
         min_samples: nodes with fewer are leaves.
@@ -246,11 +247,19 @@ def _router(backbone: Backbone, tree: TreeSpec, feature: Any, seed: int) -> Rout
 
 
 def _best(scores: Mapping[str, SplitScores], count: int) -> tuple[str, ...]:
-    """So many stages with the largest silhouettes of two parts, the later of equals, in order."""
+    """So many stages with most votes for two parts, in order; of equals, the least by chance.
+
+    A silhouette alone would prefer early stages: few directions hold most of what is seen there,
+    and any input that is long in a few directions has a large one.
+    """
     order = list(scores)
 
-    def worth(stage: str) -> tuple[float, int]:
-        return max(scores[stage].silhouette, default=0.0), order.index(stage)
+    def worth(stage: str) -> tuple[int, float, int]:
+        votes, excess = 0, 0.0
+        if len(scores[stage].votes) > 1:
+            votes = scores[stage].votes[1]
+            excess = scores[stage].silhouette[1] - scores[stage].silhouette_floor[1]
+        return votes, excess, order.index(stage)
 
     return tuple(sorted(sorted(order, key=worth)[-count:], key=order.index))
 

@@ -162,6 +162,7 @@ class ConversionRecord:
         samples: calibration samples read.
         splits: inner node → its decision.
         nodes: specializer → its channels.
+        proposal: JSON form of the :class:`~sigmabranch.conversion.Proposal` that the tree is of.
     """
 
     tree: TreeSpec
@@ -172,6 +173,7 @@ class ConversionRecord:
     samples: int = 0
     splits: dict[NodeId, Split] = field(default_factory=dict)
     nodes: dict[NodeId, list[NodeChannels]] = field(default_factory=dict)
+    proposal: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; :meth:`from_dict` is its inverse."""
@@ -188,6 +190,7 @@ class ConversionRecord:
                 node_key(node): [asdict(channels) for channels in stages]
                 for node, stages in self.nodes.items()
             },
+            **({"proposal": self.proposal} if self.proposal else {}),
         }
 
     @classmethod
@@ -216,6 +219,7 @@ class ConversionRecord:
                     names[key]: [NodeChannels(**channels) for channels in stages]
                     for key, stages in value["nodes"].items()
                 },
+                proposal=value.get("proposal"),
             )
         except (KeyError, TypeError) as error:
             raise ConfigError(f"conversion record does not fit its tree: {error}") from error

@@ -230,6 +230,9 @@ def window(tracer: Tracer, call: Call) -> None:
     """A window slides over the last dimensions and keeps channels apart."""
     dims = int(re.findall(r"(\d)d", call.name)[0])
     labels = tracer.labels(next(call.tensors))
+    others = [dim for dim in varying(labels) if dim < labels.ndim - dims]
+    if others:  # every position of a parameter, such as a position embedding, has units of its own
+        labels = tracer.project(labels, *others)
     labels = tracer.settle(labels, range(-dims, 0), f"{call.name} across channels")
     for result in call.results:
         tracer.mark(result, labels)

@@ -20,8 +20,10 @@ from sigmabranch.report.comparison_page import write_comparison  # noqa: E402
 from sigmabranch.report.main_table import main_rows, main_table  # noqa: E402
 from sigmabranch.report.package_table import package_table  # noqa: E402
 from sigmabranch.report.page import Run, write_report  # noqa: E402
+from sigmabranch.report.proposal_table import proposal_table  # noqa: E402
 from sigmabranch.report.published_table import published_table  # noqa: E402
 from sigmabranch.report.recipe_table import recipe_table  # noqa: E402
+from sigmabranch.report.search_table import search_table, write_search  # noqa: E402
 from sigmabranch.report.simulation import simulation_table, write_simulation  # noqa: E402
 from sigmabranch.report.systems_table import systems_table  # noqa: E402
 from sigmabranch.report.tables import (  # noqa: E402
@@ -45,11 +47,14 @@ __all__ = [
     "main_table",
     "node_table",
     "package_table",
+    "proposal_table",
     "published_table",
     "recipe_table",
+    "search_table",
     "simulation_table",
     "systems_table",
     "write_comparison",
     "write_report",
+    "write_search",
     "write_simulation",
 ]

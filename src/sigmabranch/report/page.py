@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from sigmabranch.files import atomic_write
 from sigmabranch.report import figures, style
+from sigmabranch.report.proposal_table import proposal_table
 from sigmabranch.report.tables import (
     Table,
     change_percent,
@@ -135,6 +136,7 @@ def _pictures(run: Run) -> dict[str, tuple[str, Any]]:
 
 
 def _page(run: Run, pictures: Iterable[tuple[str, str]]) -> str:
+    proposal = run.record.get("proposal")
     environment = Environment(
         loader=PackageLoader("sigmabranch.report"), autoescape=True, trim_blocks=True
     )
@@ -143,6 +145,7 @@ def _page(run: Run, pictures: Iterable[tuple[str, str]]) -> str:
         tiles=_tiles(run),
         table=Markup(run.table.to_html()),
         nodes=Markup(node_table(run.cost, run.usage).to_html()),
+        proposal=Markup(proposal_table(proposal).to_html()) if proposal else None,
         pictures=[(caption, Markup(svg)) for caption, svg in pictures],
     )
 

@@ -92,7 +92,7 @@ _CIFAR_WIDE = Task(
 
 _CIFAR_VIT = Task(
     name="cifar100-vit",
-    summary="CIFAR-100 and a ViT of 1.2 M parameters, without trees yet: hours on two CPU cores",
+    summary="CIFAR-100 and a ViT of 1.2 M parameters: hours on two CPU cores",
     data=DataSpec(name="cifar100"),
     model=ViTSpec(),
     dense=Recipe(
