@@ -70,7 +70,7 @@ def command(
     limits: dict[str, Any] = {"total": total, "macs": macs, "bits": bits}
     if budget is None and (dry_run or total or macs):
         raise ConfigError("--dry-run, --total and --macs need a --budget, for example 40%")
-    if not Path(dense).is_dir():
+    if ":" in dense and not Path(dense).is_dir():
         model, blank = open_model(dense, shape)
         if not dry_run:
             raise ConfigError(

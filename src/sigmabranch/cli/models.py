@@ -52,7 +52,7 @@ def open_model(text: str, shape: str | None) -> tuple[nn.Module, Tensor]:
     elif kind.endswith(".py"):
         model = _own_model(Path(kind), name)
     else:
-        raise ConfigError(f"{text!r} is no folder of a network and no {_FORMS}")
+        raise ConfigError(f"{text!r} is no network: write a folder, {_FORMS}")
     if not shape:
         raise ConfigError(f"how large is an input of {text}? say --input, for example 3x224x224")
     return model.eval(), torch.zeros(1, *_sides(shape))
