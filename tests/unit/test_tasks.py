@@ -119,7 +119,7 @@ def written(folder) -> list[str]:
         (["tree.depth=3"], {}, ConfigError),
         (["tree.cuts=[\"layer2\",\"fc\"]"], {}, ConfigError),
         (["model.block=basic", "model.strides=[1,1,1]", "model.planes=[4,4,4]",
-          "tree.cuts=[\"layer2\",\"layer3\"]"], {}, ConversionError),
+          "tree.cuts=[\"layer2\",\"layer3\"]", "tree.entry=project"], {}, ConversionError),
         (["model.classes=7"], {}, DataError),
         (["model.in_channels=3"], {}, DataError),
         (["data.name=cifar100"], {}, DataError),

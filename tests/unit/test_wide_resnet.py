@@ -93,7 +93,7 @@ def test_no_level_begins_inside_a_stage_of_one_width(batches):
         sb.convert(
             spec.build(),
             batches,
-            sb.TreeSpec.balanced(2, cuts=("layer2", "layer3")),
+            sb.TreeSpec.balanced(2, cuts=("layer2", "layer3"), entry="project"),
             spec=sb.ConversionSpec(restarts=1),
         )
     net = sb.convert(randomise(spec.build()), batches, tree, spec=sb.ConversionSpec(restarts=1))
