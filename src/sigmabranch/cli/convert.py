@@ -6,18 +6,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
+from sigmabranch.archive import read_manifest
 from sigmabranch.cli import options
 from sigmabranch.cli.models import open_model, open_tree
 from sigmabranch.cli.screen import Screen, print_result
 from sigmabranch.cli.source import read_source
-from sigmabranch.conversion import BudgetPlan, plan_budget
+from sigmabranch.conversion import BudgetPlan, Proposal, plan_budget
+from sigmabranch.data import derive_seed
 from sigmabranch.errors import ConfigError
-from sigmabranch.report import budget_table
+from sigmabranch.net import SigmaBranchNet
+from sigmabranch.report import budget_table, proposal_table
 from sigmabranch.saving import load_dense
-from sigmabranch.tasks import Chain
+from sigmabranch.search import proposed
+from sigmabranch.tasks import Chain, Task, open_task_data
+from sigmabranch.tasks.chain import Ordered
 from sigmabranch.tasks.counting import example
+from sigmabranch.training import launched_rank, resolve_device
 
 
 def command(
@@ -56,8 +63,20 @@ def command(
             show_default=False,
         ),
     ] = None,
+    propose: Annotated[
+        bool,
+        typer.Option(
+            "--propose",
+            help="Let the data choose leaves and cuts, at most as deep as the task's tree, and "
+            "show why.",
+        ),
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show the plan; reads no data, writes nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only show the plan; writes nothing, and reads no data but for --propose.",
+        ),
     ] = False,
     data: options.Data = None,
     out: options.OutBeside = None,
@@ -77,27 +96,36 @@ def command(
                 f"converting {dense} needs its data: add --dry-run to see the plan, and call "
                 "sigmabranch.convert(model, loader, budget=…) in Python"
             )
-        _show(plan_budget(model, blank, str(budget), open_tree(settings), **limits), as_json)
+        unread = plan_budget(model, blank, str(budget), open_tree(settings), **limits)
+        print_result(*_shown(unread, None), as_json)
         return
     folder = Path(dense)
     task, old_seed = read_source(folder, "dense", settings)
-    if budget is not None:
-        plan = plan_budget(load_dense(folder), example(task), budget, task.tree, **limits)
-        if dry_run:
-            _show(plan, as_json)
-            return
-        task = replace(task, tree=plan.tree)
+    seed = old_seed if seed is None else seed
     with Screen().live() as screen:
+        proposal = _proposal(folder, task, data, seed, device, screen) if propose else None
+        task = replace(task, tree=proposal.tree if proposal else task.tree)
+        plan = None
+        if budget is not None:
+            plan = plan_budget(load_dense(folder), example(task), budget, task.tree, **limits)
+            task = replace(task, tree=plan.tree)
+        found, tables = _shown(plan, proposal)
+        if dry_run:
+            if not launched_rank():
+                print_result(found, tables, as_json)
+            return
         chain = Chain(
             task,
             out or folder.resolve().parent,
             data=data,
-            seed=old_seed if seed is None else seed,
+            seed=seed,
             device=device,
             start={"dense": folder},
             calibrating=screen.calibrating,
         )
         net = chain.converted()
+        if proposal is not None:
+            _explain(chain, net, proposal)
         accuracy = chain.accuracy(net)
     if not chain.engine.is_main:
         return
@@ -106,8 +134,44 @@ def command(
         f"{converted}: {accuracy['top1']:.2f} % top-1 before fine-tuning, "
         f"balance {accuracy['balance']:.2f}, routing gain {accuracy['routing_gain']:+.2f} points"
     )
-    print_result({"folder": str(converted), "converted": accuracy}, text, as_json)
+    if proposal is not None:
+        text = f"{tables}\n{text}"
+    result = {"folder": str(converted), "converted": accuracy}
+    print_result(result | ({"proposal": proposal.to_dict()} if proposal else {}), text, as_json)
 
 
-def _show(plan: BudgetPlan, as_json: bool) -> None:
-    print_result(plan.to_dict(), budget_table(plan).to_text(), as_json)
+def _proposal(
+    folder: Path, task: Task, data: Path | None, seed: int, device: str, screen: Screen
+) -> Proposal:
+    """The tree that the training split proposes for the dense network in ``folder``."""
+    where = resolve_device(device)
+    train = open_task_data(task, data, where).train
+    generator = torch.Generator().manual_seed(derive_seed(seed, 1))
+    return proposed(
+        task,
+        load_dense(folder).to(where),
+        Ordered(train, torch.randperm(len(train), generator=generator)),
+        seed,
+        None if launched_rank() else screen.calibrating,
+    )
+
+
+def _explain(chain: Chain, net: SigmaBranchNet, proposal: Proposal) -> None:
+    """Keep the proposal in the converted network's record, from where the report reads it."""
+    folder = chain.folder / "converted"
+    if net.record.get("proposal") is None:
+        net.record["proposal"] = proposal.to_dict()
+        notes = read_manifest(folder)["notes"]
+        chain.once(lambda: net.save(folder, notes))
+
+
+def _shown(plan: BudgetPlan | None, proposal: Proposal | None) -> tuple[dict[str, Any], str]:
+    """What was planned, as JSON and as tables."""
+    if proposal is None:
+        return (plan.to_dict(), budget_table(plan).to_text()) if plan else ({}, "")
+    found = {"proposal": proposal.to_dict()}
+    tables = [proposal_table(found["proposal"]).to_text()]
+    if plan is not None:
+        found["plan"] = plan.to_dict()
+        tables.append(budget_table(plan).to_text())
+    return found, "\n".join(tables)

@@ -4,5 +4,6 @@ from sigmabranch.search.bench import Bench
 from sigmabranch.search.outcome import RULE, best_of, pareto
 from sigmabranch.search.search import Search
 from sigmabranch.search.space import Space
+from sigmabranch.search.trees import proposed
 
-__all__ = ["RULE", "Bench", "Search", "Space", "best_of", "pareto"]
+__all__ = ["RULE", "Bench", "Search", "Space", "best_of", "pareto", "proposed"]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sigmabranch.backbones import Backbone, as_backbone
-from sigmabranch.conversion import plan_budget, propose_tree
+from sigmabranch.conversion import Proposal, plan_budget, propose_tree
 from sigmabranch.conversion.shards import Loader
 from sigmabranch.errors import (
     ConfigError,
@@ -27,6 +27,41 @@ from sigmabranch.tree import TreeSpec
 
 #: What one tree may trip over without telling anything about others.
 INFEASIBLE = (ConfigError, ConversionError, UnsupportedOperation, NumericError, MemoryExhausted)
+
+
+def proposed(
+    task: Task,
+    dense: nn.Module,
+    loader: Loader,
+    seed: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Proposal:
+    """The tree that the data propose for a task, at most as deep as the task's own.
+
+    Args:
+        task: its tree says the rest; its conversion, whether nodes may have more than two branches.
+        dense: the trained network.
+        loader: (inputs, labels) batches without augmentation.
+        seed: of whatever is drawn.
+        progress: called with (what, samples done, samples in all).
+
+    Raises:
+        ConfigError, ConversionError, DataError, NumericError: see
+            :func:`~sigmabranch.conversion.propose_tree`.
+    """
+    conversion = task.conversion
+    # What balances clusters, or makes them of classes, knows two branches only.
+    binary = conversion.balanced or conversion.clusters == "classes"
+    return propose_tree(
+        dense,
+        loader,
+        task.tree,
+        max_depth=task.tree.depth,
+        max_branches=2 if binary else 4,
+        centred=conversion.centred,
+        seed=seed,
+        progress=progress,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,19 +131,10 @@ class Trees:
         task = self.task
         conversion = replace(task.conversion, shared_fraction=choice["shared_fraction"])
         tree = self._template(tuple(choice["cuts"].split(",")), choice)
+        task = replace(task, tree=tree, conversion=conversion)
         if choice["shape"] == "data":
-            binary = conversion.balanced or conversion.clusters == "classes"
-            tree = propose_tree(
-                dense,
-                loader,
-                tree,
-                max_depth=tree.depth,
-                max_branches=2 if binary else 4,
-                centred=conversion.centred,
-                seed=seed,
-                progress=progress,
-            ).tree
-        return replace(task, tree=self._plan(tree, choice["active"]), conversion=conversion)
+            tree = proposed(task, dense, loader, seed, progress).tree
+        return replace(task, tree=self._plan(tree, choice["active"]))
 
     def _plan(self, tree: TreeSpec, percent: int) -> TreeSpec:
         return plan_budget(self.backbone, self.example, f"{percent}%", tree).tree
