@@ -93,7 +93,9 @@ BAD = {
     ),
     "no transformer": (["count", "cifar100-small", "--peer", "ffn-moe"], "fc1.*cifar100-vit"),
     "no blocks": (["count", "modelnet40-pointnet2", "--peer", "deepmoe"], "deepmoe.*modelnet40"),
-    "tree of a transformer": (["count", "cifar100-vit"], "."),
+    "projected transformer": (
+        ["count", "cifar100-vit", "--set", "tree.entry=project"], "no level can project",
+    ),
     "unknown setting of a peer": (
         ["count", "cifar100-small", "--peer", "fpgm", "--set", "rates=1"], "fpgm has .*rate",
     ),
