@@ -87,14 +87,15 @@ def command(
 ) -> None:
     """Make a dense network branched; no fine-tuning yet."""
     limits: dict[str, Any] = {"total": total, "macs": macs, "bits": bits}
-    if budget is None and (dry_run or total or macs):
+    if budget is None and (total or macs or (dry_run and not propose)):
         raise ConfigError("--dry-run, --total and --macs need a --budget, for example 40%")
     if ":" in dense and not Path(dense).is_dir():
         model, blank = open_model(dense, shape)
-        if not dry_run:
+        if propose or not dry_run:
             raise ConfigError(
-                f"converting {dense} needs its data: add --dry-run to see the plan, and call "
-                "sigmabranch.convert(model, loader, budget=…) in Python"
+                f"{'proposing a tree for' if propose else 'converting'} {dense} needs its data: "
+                "add --dry-run to see the plan for a --budget, and call "
+                "sigmabranch.propose_tree(model, loader) and sigmabranch.convert in Python"
             )
         unread = plan_budget(model, blank, str(budget), open_tree(settings), **limits)
         print_result(*_shown(unread, None), as_json)
@@ -161,8 +162,7 @@ def _explain(chain: Chain, net: SigmaBranchNet, proposal: Proposal) -> None:
     folder = chain.folder / "converted"
     if net.record.get("proposal") is None:
         net.record["proposal"] = proposal.to_dict()
-        notes = read_manifest(folder)["notes"]
-        chain.once(lambda: net.save(folder, notes))
+        chain.once(lambda: net.save(folder, read_manifest(folder)["notes"]))
 
 
 def _shown(plan: BudgetPlan | None, proposal: Proposal | None) -> tuple[dict[str, Any], str]:

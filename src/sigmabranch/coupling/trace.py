@@ -251,7 +251,9 @@ class Tracer(TorchDispatchMode):
 
         Each with how many channels of a head it counts.
         """
-        module = vars(self._model.get_submodule(self._path[-1]))
+        owner = self._model.get_submodule(self._path[-1])
+        # torch's own insists on the width that it was made for.
+        module = {} if isinstance(owner, nn.MultiheadAttention) else vars(owner)
         found = [(name, 1) for name in HEADS if module.get(name) == heads]
         if not found:
             return []

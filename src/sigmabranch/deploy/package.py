@@ -111,7 +111,7 @@ def pack(
         CheckpointError: the folder cannot be written.
     """
     if not isinstance(model, SigmaBranchNet):
-        model = as_backbone(model)
+        model = as_backbone(model, example)
         model.check(example)
     nodes = folded_nodes(model)
     classes, macs = _checked(model, nodes, example)

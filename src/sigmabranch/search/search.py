@@ -153,10 +153,11 @@ class Search:
                 same = other.get("same_as", other["number"])
                 return {**other, "same_as": same, "seconds": 0.0}
         chain = bench.trial(drafted, self._place(number) / "work", f"trial {number}")
-        counted = count_net(chain.converted().cpu(), drafted)["net"]
+        chain.converted()
         bench.go_on()
-        validation = ordered(bench.held.dataset.test)
-        found = evaluate(chain.branched(), validation, seed=bench.seed)
+        net = chain.branched()
+        found = evaluate(net, ordered(bench.held.dataset.test), seed=bench.seed)
+        counted = count_net(net.cpu(), drafted)["net"]
         return {
             "state": "complete",
             "settings": settings,
