@@ -18,7 +18,7 @@ from sigmabranch.deploy.blocks import folded_nodes
 from sigmabranch.deploy.fold import fold, foldable
 from sigmabranch.deploy.package import Package, pack
 from sigmabranch.deploy.storage import PAGE
-from sigmabranch.errors import CheckpointError
+from sigmabranch.errors import CheckpointError, ConversionError
 from sigmabranch.tree import TreeSpec
 
 
