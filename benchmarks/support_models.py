@@ -230,7 +230,7 @@ def _convnext() -> _Built:
 
 
 def _pointnet2() -> _Built:
-    spec = PointNet2Spec(centroids=(64, 16), neighbours=(16, 16), classes=CLASSES)
+    spec = PointNet2Spec(centroids=(64, 16), radii=(1.0, 2.0), neighbours=(16, 16), classes=CLASSES)
     return PointNet2(spec), [(128, 3)]
 
 

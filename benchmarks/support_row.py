@@ -179,31 +179,38 @@ def _entry(
 ) -> dict[str, Any]:
     """Whether a level can begin in that way, shown by a conversion at the last places for it."""
     why = "no level of this network can"
-    for cuts in islice(_places(backbone, coupling, tree, entry), TRIES):
+    for chosen in islice(_trees(backbone, coupling, tree, entry), TRIES):
         try:
-            net = convert(backbone, [inputs], replace(tree, cuts=cuts, entry=entry), spec=SPEC)
+            net = convert(backbone, [inputs], chosen, spec=SPEC)
         except SigmaBranchError as error:
             why = str(error)
             continue
         if len(dropped_units(coupling, net)):
             error, settled = path_errors(backbone, net, inputs[:2])
-            return {"cuts": list(cuts), "path_error": error, "path_error_settled": settled}
+            cuts = list(chosen.cuts or ())
+            return {"cuts": cuts, "path_error": error, "path_error_settled": settled}
         why = "there are no channels to cut inside"
     return {"cuts": None, "reason": why}
 
 
-def _places(
+def _trees(
     backbone: Backbone, coupling: CouplingMap, tree: TreeSpec, entry: str
-) -> Iterator[tuple[str, ...]]:
-    """Cuts at which some level would begin in that way, the last ones first."""
+) -> Iterator[TreeSpec]:
+    """Trees of which some level would begin in that way, those with the last cuts first.
+
+    Left to itself, a tree mixes levels that project with levels that cannot.
+    """
     stages = [stage for stage in backbone.stages if backbone.chain.index(stage)]
     for cuts in reversed(list(combinations(stages, tree.depth))):
-        try:
-            levels = backbone.levels(tree.depth, cuts)
-            if entry in Cutter(backbone, levels, coupling, entry).entries:
-                yield cuts
-        except (ConversionError, UnsupportedOperation):
-            continue
+        levels = backbone.levels(tree.depth, cuts)
+        for how in (entry, None):
+            try:
+                begins = Cutter(backbone, levels, coupling, how).entries
+            except (ConversionError, UnsupportedOperation):
+                continue
+            if entry in begins:
+                yield replace(tree, cuts=cuts, entry=how)
+                break
 
 
 @dataclass(slots=True)

@@ -77,7 +77,7 @@ def _notes(found: Mapping[str, Any]) -> list[str]:
         "other beats in accuracy, active parameters and MACs together. Each was fine-tuned for "
         f"{found['epochs']} epochs with one seed, and judged on training samples held out: "
         + sampling_note({"top1": top, "samples": held["samples"]}),
-        f"Best is {found['rule']}.",
+        f"Best is {found['rule']}. The best of many is flattered by chance.",
     ]
     if found["best"] is None:
         notes.append(f"No trial is within the budget of {count(found['budget_bytes'])} bytes.")

@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from sigmabranch.archive import WEIGHTS, read_manifest
-from sigmabranch.measure import cost
+from sigmabranch.measure import cost, evaluate_dense
 from sigmabranch.saving import load_dense
 from sigmabranch.search.holdout import Held, has_seen, hold_out
-from sigmabranch.tasks import Chain, Stopped, Task
+from sigmabranch.tasks import Chain, Stopped, Task, ordered
 from sigmabranch.tasks.counting import example
 from sigmabranch.training import Event, FinetuneRecipe, resolve_device
 from sigmabranch.training.stopping import StopSwitch
@@ -95,17 +95,19 @@ class Bench:
         """The chain of the dense network."""
         return self._chain(self.held.task, self.folder / "source", self.given)
 
-    @property
-    def dense(self) -> Path:
-        """The folder of the dense network, trained on first use."""
-        if self.given is None:
-            self.source.dense()
-        return self.given or self.source.folder / "dense"
+    @cached_property
+    def network(self) -> nn.Module:
+        """The dense network, trained on first use."""
+        return self.source.dense()
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the dense network's weights."""
-        return read_manifest(self.dense, "dense")["files"][WEIGHTS]["sha256"]
+        """SHA-256 of the dense network's weights, once it is there."""
+        return read_manifest(self._dense, "dense")["files"][WEIGHTS]["sha256"]
+
+    @property
+    def _dense(self) -> Path:
+        return self.given or self.folder / "source" / "dense"
 
     @cached_property
     def counted(self) -> dict[str, Any]:
@@ -116,8 +118,8 @@ class Bench:
     def reference(self) -> dict[str, Any]:
         """The dense network, JSON-able: its weights, cost and accuracy on the held-out samples."""
         return {
+            "top1": evaluate_dense(self.network, ordered(self.held.dataset.test))["top1"],
             "sha256": self.digest,
-            "top1": self.source.dense_accuracy()["top1"],
             "params": self.counted["params"],
             "macs": self.counted["macs"],
             "seen": self.seen,
@@ -132,7 +134,7 @@ class Bench:
             name: to tell its training by.
         """
         task = replace(drafted, data=self.held.task.data, finetune=self.recipe)
-        return self._chain(task, folder, self.dense, f"{name}, ")
+        return self._chain(task, folder, self._dense, f"{name}, ")
 
     def _chain(
         self, task: Task, folder: Path, dense: Path | None, prefix: str = ""

@@ -71,7 +71,8 @@ class Search:
         if trials < 1:
             raise ConfigError(f"a search needs at least 1 trial, got {trials}")
         with self.bench.switch:
-            _ = self.limit  # what cannot work is refused before the first file is written
+            # What cannot work is refused before the first file is written.
+            _ = self.limit, self.bench.held, self.bench.seen
             knobs = self.space.knobs(self.trees.cuts())
             self._check_folder(knobs)
             _ = self.bench.reference
@@ -115,7 +116,6 @@ class Search:
             "knobs": {name: list(knob) for name, knob in knobs.items()},
             "source": bench.digest if bench.given else None,
         }
-        _ = bench.seen  # refuses a network of another task
         if not path.exists():
             files.write_json(path, settings)
         difference = first_difference(files.read_json(path), settings)
@@ -142,9 +142,9 @@ class Search:
 
     def _made(self, number: int, choice: Choice, known: Sequence[Trial]) -> Trial:
         """What a choice is worth."""
-        bench, source = self.bench, self.bench.source
+        bench = self.bench
         drafted = self.trees.draft(
-            choice, source.dense(), source.calibration(), bench.seed, bench.calibrating
+            choice, bench.network, bench.source.calibration(), bench.seed, bench.calibrating
         )
         settings = settings_of(drafted)
         for other in known:

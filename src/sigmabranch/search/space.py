@@ -67,9 +67,12 @@ class Space:
             raise ConfigError(
                 f"space active is the least and the most, from 0.01 to 1, got {low}, {high}"
             )
-        for name in ("trunk_share", "shared_fraction"):
-            if not all(0 <= share <= 1 for share in getattr(self, name)):
-                raise ConfigError(f"space {name} must lie in [0, 1]")
+        if not all(0 < share <= 1 for share in self.trunk_share):
+            raise ConfigError(f"space trunk_share must lie in (0, 1], got {list(self.trunk_share)}")
+        if not all(0 <= share <= 1 for share in self.shared_fraction):
+            raise ConfigError(
+                f"space shared_fraction must lie in [0, 1], got {list(self.shared_fraction)}"
+            )
 
     @classmethod
     def with_settings(cls, settings: Iterable[str]) -> Space:
