@@ -29,6 +29,7 @@ from sigmabranch.peers import (
     sizing,
 )
 from sigmabranch.peers.bench import Bench
+from sigmabranch.peers.efficient import Efficient
 from sigmabranch.peers.quantized import quantize
 from sigmabranch.peers.rerouted import FlatNet, HashRouter
 from sigmabranch.tasks import TASKS, Chain, Stopped, Task, count_task, find_task
@@ -321,3 +322,16 @@ def test_evaluation_follows_a_flat_nets_own_choice(net, batches):
     with torch.no_grad():
         flat.router(()).gate.bias.copy_(torch.tensor([0.0, 50.0, 0.0, 0.0]))
     assert evaluate(flat, batches)["usage"] == [0.0, 1.0, 0.0, 0.0]
+
+
+def test_sizes_are_found_where_widths_cannot_be_computed_without_values(monkeypatch):
+    task, row, unique = find_task("cifar100-small"), Efficient(), torch.unique
+    expected = row._size(task, 0.5)
+
+    def older(x, *args, **kwargs):
+        if x.is_meta:
+            raise NotImplementedError("no kernel")
+        return unique(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "unique", older)
+    assert row._size(task, 0.5) == expected

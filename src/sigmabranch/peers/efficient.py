@@ -50,16 +50,22 @@ class Efficient(System):
         goal = active_params(task)
 
         sizes: dict[float, int] = {}
-        with torch.device("meta"):
-            # Parameters grow with the square of the widths, nearly.
-            guess = math.sqrt(goal / count_parameters([self._build(task, 1.0)]))
-            for step in range(-_STEPS, _STEPS + 1):
-                factor = guess * 1.05**step
-                with suppress(ConfigError):  # not all factors make four stages
-                    sizes[factor] = count_parameters([self._build(task, factor)])
+        # Parameters grow with the square of the widths, nearly.
+        guess = math.sqrt(goal / self._size(task, 1.0))
+        for step in range(-_STEPS, _STEPS + 1):
+            factor = guess * 1.05**step
+            with suppress(ConfigError):  # not all factors make four stages
+                sizes[factor] = self._size(task, factor)
         if not sizes:
             raise ConfigError(f"no RegNetY is as small as {goal:,} parameters")
         return self._build(task, min(sizes, key=lambda factor: abs(sizes[factor] - goal)))
+
+    def _size(self, task: Task, factor: float) -> int:
+        try:
+            with torch.device("meta"):
+                return count_parameters([self._build(task, factor)])
+        except NotImplementedError:  # PyTorch 2.11 lacks what timm computes the widths with there
+            return count_parameters([self._build(task, factor)])
 
     def _build(self, task: Task, factor: float) -> nn.Module:
         channels, _, side = input_shape(task.data.name, task.data.image_size)
