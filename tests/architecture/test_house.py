@@ -25,6 +25,7 @@ HEAVY = {
     *("timm", "torchvision", "lightning_fabric", "lightning", "matplotlib", "jinja2", "typer"),
     *("click", "rich", "sklearn", "scipy", "PIL", "fvcore", "tensorboard", "pandas", "h5py"),
     *("onnx", "onnxscript", "onnxruntime", "executorch", "litert_torch", "ai_edge_litert"),
+    *("optuna", "huggingface_hub"),
 }
 
 LEAN = f"""
@@ -101,6 +102,7 @@ def test_an_unknown_public_name_is_an_attribute_error():
         "measure",
         "peers",
         "report",
+        "search",
         "tasks",
         "view",
     ],
