@@ -363,6 +363,7 @@ TABLES: Mapping[str, Callable[[], Table]] = {
     "digits": partial(demo, "digits-resnet"),
     "shapes": partial(demo, "shapes-pointnet2"),
     "compare-cifar100-convnext": partial(systems, "cifar100-convnext"),
+    "compare-cifar100-resnet50": partial(systems, "cifar100-resnet50"),
     "compare-cifar100-small": partial(systems, "cifar100-small"),
     "compare-cifar100-vit": partial(systems, "cifar100-vit"),
     "deploy-gpu": over_the_bus,
