@@ -22,7 +22,7 @@ from sigmabranch.tasks import Task
 # Images up to this side keep their last stages at an eighth of it.
 _SMALL = 64
 # Widths tried on either side of a guess.
-_STEPS = 10
+_STEPS = 4
 # A network that is this much larger or smaller says nothing about the tree.
 _NEAR = 0.15
 
@@ -49,12 +49,14 @@ class Efficient(System):
         """The network nearest to the tree's active size."""
         goal = active_params(task)
 
-        sizes: dict[float, int] = {}
         # Parameters grow with the square of the widths, nearly.
-        guess = math.sqrt(goal / self._size(task, 1.0))
+        near = math.sqrt(goal / self._size(task, 1.0))
+        with suppress(ConfigError):  # not all factors make four stages
+            near *= math.sqrt(goal / self._size(task, near))
+        sizes: dict[float, int] = {}
         for step in range(-_STEPS, _STEPS + 1):
-            factor = guess * 1.05**step
-            with suppress(ConfigError):  # not all factors make four stages
+            factor = near * 1.05**step
+            with suppress(ConfigError):
                 sizes[factor] = self._size(task, factor)
         if not sizes:
             raise ConfigError(f"no RegNetY is as small as {goal:,} parameters")
