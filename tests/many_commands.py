@@ -21,6 +21,8 @@ import torch._dynamo  # noqa: F401
 from sigmabranch.cli import main
 
 with suppress(ImportError):
+    import matplotlib.figure  # noqa: F401
+with suppress(ImportError):
     import onnxruntime  # noqa: F401
     import onnxscript  # noqa: F401
 

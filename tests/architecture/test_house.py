@@ -36,9 +36,12 @@ import sigmabranch
 from sigmabranch import TreeSpec
 TreeSpec()
 loaded = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+rooms = sorted(name for name in sys.modules if name.startswith("sigmabranch."))
+import sigmabranch.cli
 print(json.dumps({{
     "heavy": sorted(loaded & {HEAVY!r}),
-    "rooms": sorted(name for name in sys.modules if name.startswith("sigmabranch.")),
+    "rooms": rooms,
+    "drawing": sorted({{"matplotlib", "jinja2"}} & set(sys.modules)),
     "cuda": torch.cuda.is_initialized(),
 }}))
 """
@@ -76,6 +79,7 @@ def test_importing_the_package_costs_no_more_than_importing_torch():
     seen = json.loads(done.stdout)
     assert seen["heavy"] == []
     assert not seen["cuda"]
+    assert seen["drawing"] == []
     assert "sigmabranch.training" not in seen["rooms"]
     assert "sigmabranch.cli" not in seen["rooms"]
 

@@ -60,11 +60,13 @@ def finish(process: subprocess.Popen) -> tuple[int, str, list[str]]:
     return process.returncode, out, lines
 
 
-def train(folder: Path, *options: object, processes: int = 2) -> subprocess.Popen:
-    launcher = TORCHRUN if processes > 1 else ()
+def line(folder: Path, *options: object) -> tuple[object, ...]:
     settings = [part for setting in TINY for part in ("--set", setting)]
-    line = ("-m", "sigmabranch", "train", "digits-resnet", "--out", folder, *settings, *options)
-    return start(*launcher, *line)
+    return "train", "digits-resnet", "--out", folder, *settings, *options
+
+
+def train(folder: Path, *options: object) -> subprocess.Popen:
+    return start(*TORCHRUN, "-m", "sigmabranch", *line(folder, *options))
 
 
 def wait_for_epochs(folder: Path, process: subprocess.Popen, epochs: int) -> None:
@@ -113,7 +115,7 @@ def test_two_processes_convert_and_measure_as_one(tmp_path):
                 assert mine["evaluation"][figure] == pytest.approx(expected, abs=1e-4), figure
 
 
-def test_a_run_outlives_a_lost_process_and_goes_on_with_any_number(tmp_path):
+def test_a_run_outlives_a_lost_process_and_goes_on_with_any_number(shell, tmp_path):
     process = train(tmp_path)
     wait_for_epochs(tmp_path, process, 2)
     workers(process)[1].send_signal(signal.SIGKILL)
@@ -127,10 +129,8 @@ def test_a_run_outlives_a_lost_process_and_goes_on_with_any_number(tmp_path):
 
     # Two processes → one, in more passes, stopped soon.
     lost_at = step(tmp_path)
-    code, _, lines = finish(
-        train(tmp_path, "--accumulate", 3, "--max-minutes", 0.0002, processes=1)
-    )
-    assert code == 3, lines
+    stopped = shell.run(*line(tmp_path, "--accumulate", 3, "--max-minutes", 0.0002))
+    assert stopped.code == 3, stopped.err
     assert step(tmp_path) > lost_at > 0
 
     # One process → two, which are told to stop and do so together.

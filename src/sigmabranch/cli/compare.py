@@ -7,12 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from sigmabranch import files
+from sigmabranch import files, report
 from sigmabranch.cli import options
 from sigmabranch.cli.screen import Screen, print_result
 from sigmabranch.errors import ConfigError
 from sigmabranch.peers import GROUPS, Comparison, find_rows, groups_of
-from sigmabranch.report import write_comparison
 from sigmabranch.tasks import Chain, Task, find_task
 from sigmabranch.tasks.task import SECTIONS, parsed
 
@@ -103,7 +102,7 @@ def command(
         found = comparison.run(make=not gather)
     if result is not None:
         files.write_json(result, found)
-    table, page = write_comparison(found, folder / "report")
+    table, page = report.write_comparison(found, folder / "report")
     lines = [table.to_text(), *(f"failed: {row['row']}, seed {row['seed']}: {row['reason']}"
                                 for row in found["failed"]), f"report: {page}"]  # fmt: skip
     print_result({**found, "report": str(page)}, "\n".join(lines), as_json)

@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from sigmabranch import files
+from sigmabranch import files, report
 from sigmabranch.cli import options
 from sigmabranch.cli.screen import Screen, print_result
 from sigmabranch.peers import CONTROLS, check_rows, find_control, run_control
-from sigmabranch.report import Run, write_report
 from sigmabranch.tasks import Chain, Task, find_task
 from sigmabranch.training import routing_alarms
 
@@ -68,16 +67,16 @@ def finish(chain: Chain, controls: Any, result_file: Path | None, as_json: bool)
     if result_file is not None:
         files.write_json(result_file, result)
     run = describe(chain, chain.task, result)
-    page = write_report(run, chain.folder / "report")
+    page = report.write_report(run, chain.folder / "report")
     summary = {**result, "warnings": run.warnings, "report": str(page)}
     lines = [run.table.to_text(), *(f"warning: {warning}" for warning in run.warnings)]
     print_result(summary, "\n".join([*lines, f"report: {page}"]), as_json)
 
 
-def describe(chain: Chain, task: Task, result: dict[str, Any]) -> Run:
+def describe(chain: Chain, task: Task, result: dict[str, Any]) -> report.Run:
     """A result as the report wants it."""
     settings = result["task"]
-    return Run(
+    return report.Run(
         title=task.name,
         cost=result["cost"],
         evaluation=result["branched"],

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from sigmabranch import report
 from sigmabranch.cli import options
 from sigmabranch.cli.screen import Screen, print_result
-from sigmabranch.report import write_search
 from sigmabranch.search import Bench, Search, Space
 from sigmabranch.tasks import find_task
 
@@ -85,7 +85,7 @@ def command(
         )
         possible = Space.with_settings(space or ())
         found = Search(bench=bench, space=possible, budget=budget, say=screen.say).run(trials)
-    lines = [write_search(found, folder).to_text()]
+    lines = [report.write_search(found, folder).to_text()]
     if found["best"] is not None:
         lines.append(f"train the best in full: {found['commands'][str(found['best'])]}")
     print_result(found, "\n".join([*lines, f"all of it: {folder / 'search.json'}"]), as_json)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from sigmabranch import files
+from sigmabranch import files, report
 from sigmabranch.cli import options
 from sigmabranch.cli.screen import print_result
 from sigmabranch.deploy import Package, Runtime
@@ -28,7 +28,6 @@ from sigmabranch.deploy.simulate import (
     streamed_bytes,
 )
 from sigmabranch.errors import ConfigError
-from sigmabranch.report import simulation_table, write_simulation
 from sigmabranch.sizes import byte_count
 
 RATES = ("25MB", "50MB", "100MB", "200MB", "400MB", "800MB", "1600MB", "12800MB")
@@ -80,8 +79,8 @@ def command(
         result["stream"] += _streams(name, package, list(opened.values()), persistence)
     if out is not None:
         files.write_json(out / "simulation.json", result)
-        write_simulation(result, out)
-    print_result(result, simulation_table(result).to_text(), as_json)
+        report.write_simulation(result, out)
+    print_result(result, report.simulation_table(result).to_text(), as_json)
 
 
 def _storage(text: str) -> Storage:

@@ -99,11 +99,15 @@ def _net_cost(net: SigmaBranchNet, example: Tensor) -> dict[str, Any]:
     node_params = {node: count_parameters(net.node_modules(node)) for node in net.nodes}
     node_macs: dict[NodeId, int] = {}
     paths: dict[str, dict[str, int]] = {}
+    counted: dict[Any, tuple[Counter[str], int]] = {}
     with _countable(net) as network:
         for leaf in net.tree.leaves:
             passed = [leaf[:level] for level in range(len(leaf) + 1)]
             path = network.path(leaf)
-            macs, products = _macs(path, example)
+            form = _form(path)  # most trees have the same on all paths, and counting takes seconds
+            if form not in counted:
+                counted[form] = _macs(path, example)
+            macs, products = counted[form]
             names = {id(module): name for name, module in path.named_modules()}
             for node in passed:
                 node_macs[node] = sum(macs[names[id(m)]] for m in network.node_modules(node))
@@ -135,6 +139,11 @@ def _net_cost(net: SigmaBranchNet, example: Tensor) -> dict[str, Any]:
             for node in net.nodes
         ],
     }
+
+
+def _form(model: nn.Module) -> tuple[str, tuple[torch.Size, ...]]:
+    """What multiply-adds depend on: modules and the shapes of their tensors."""
+    return repr(model), tuple(tensor.shape for tensor in model.state_dict().values())
 
 
 def _whole_cost(model: nn.Module, example: Tensor) -> dict[str, Any]:

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sigmabranch.files import atomic_write
 from sigmabranch.report import style
 from sigmabranch.report.comparison import unit
 from sigmabranch.report.numbering import number_points
+from sigmabranch.report.search_table import search_table
 from sigmabranch.report.style import house_style
+from sigmabranch.report.tables import Table
+
+
+def write_search(found: Mapping[str, Any], folder: Path | str) -> Table:
+    """Write ``pareto.txt``, ``pareto.png`` and ``pareto.svg`` into ``folder``.
+
+    Args:
+        found: what ``sigmabranch search`` writes, with at least one complete trial.
+        folder: made if it is missing.
+
+    Returns:
+        The table.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    table = search_table(found)
+    with atomic_write(Path(folder) / "pareto.txt") as temporary:
+        temporary.write_text(table.to_text(), encoding="utf-8")
+    style.save_figure(search_figure(found), Path(folder) / "pareto")
+    return table
 
 
 @house_style()

@@ -4,36 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from sigmabranch.files import atomic_write
-from sigmabranch.report import style
-from sigmabranch.report.search_figure import search_figure
 from sigmabranch.report.tables import NOTHING, Table, count, percent, sampling_note, signed_points
 from sigmabranch.tree import TreeSpec
 
 _REASONS = 3  # named at most
-
-
-def write_search(found: Mapping[str, Any], folder: Path | str) -> Table:
-    """Write ``pareto.txt``, ``pareto.png`` and ``pareto.svg`` into ``folder``.
-
-    Args:
-        found: what ``sigmabranch search`` writes, with at least one complete trial.
-        folder: made if it is missing.
-
-    Returns:
-        The table.
-
-    Raises:
-        CheckpointError: the folder cannot be written.
-    """
-    table = search_table(found)
-    with atomic_write(Path(folder) / "pareto.txt") as temporary:
-        temporary.write_text(table.to_text(), encoding="utf-8")
-    style.save_figure(search_figure(found), Path(folder) / "pareto")
-    return table
 
 
 def search_table(found: Mapping[str, Any]) -> Table:
