@@ -2,7 +2,7 @@
 
 Every network is followed, traced, given a budget, converted on eight random inputs, and every path
 is compared with the dense network in which the dropped channels are zero, apart from the library's
-own check and through the whole network. Each runs in a process of its own; the file is written
+own check and through the whole network. They run in a process of their own; the file is written
 after each, and the same command goes on after an interrupt.
 
     python -m benchmarks.support --json results/support.json               what is missing there
@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = _known(options.json)
     wanted = options.models or [found.name for found in subjects()]
     missing = [name for name in wanted if options.models or name not in result["rows"]]
+    worker = Worker(options.timeout)
     for number, name in enumerate(missing, start=1):
-        row = _guarded(name, options.timeout)
+        row = worker.measured(name)
         result = _with(result, row)
         if options.json:
             write_json(options.json, result)
@@ -85,17 +87,25 @@ def _with(result: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _guarded(name: str, timeout: float) -> dict[str, Any]:
-    """A network's row, whatever becomes of the process that makes it."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+class Worker:
+    """A process of its own that measures network after network; a new one after a failure."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._pool: Pool | None = None
+
+    def measured(self, name: str) -> dict[str, Any]:
+        """A network's row, whatever becomes of the process that makes it."""
+        self._pool = self._pool or multiprocessing.get_context("spawn").Pool(1)
         try:
-            return pool.apply_async(measured, (name, SEED)).get(timeout)
+            return self._pool.apply_async(measured, (name, SEED)).get(self._timeout)
         except multiprocessing.TimeoutError:
-            why = f"not done after {timeout:.0f} s"
+            why = f"not done after {self._timeout:.0f} s"
         except Exception as error:  # a bug in one network's row must not lose the others
             why = f"{type(error).__name__}: {error}".splitlines()[0]
-    found = subject(name)
-    return {**asdict(found), "outcome": "failed", "reason": why}
+        self._pool.terminate()
+        self._pool = None
+        return {**asdict(subject(name)), "outcome": "failed", "reason": why}
 
 
 def summary(row: Mapping[str, Any]) -> str:

@@ -36,7 +36,7 @@ TIMM: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "Residual networks": {
         "ResNet": ("resnet18", "resnet50"),
         "ResNet-D": ("resnet26d",),
-        "ResNetV2": ("resnetv2_18",),
+        "ResNetV2": ("resnetv2_18", "resnetv2_50x1_bit"),
         "ResNeXt": ("resnext50_32x4d",),
         "SE-ResNet": ("seresnet18",),
         "SK-ResNet": ("skresnet18",),
@@ -49,6 +49,7 @@ TIMM: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "Other convolutional networks": {
         "VGG": ("vgg11_bn",),
         "DenseNet": ("densenet121",),
+        "DPN": ("dpn68",),
         "Inception": ("inception_v3",),
         "Xception": ("xception41",),
         "DarkNet": ("darknet17",),
@@ -57,6 +58,8 @@ TIMM: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "DLA": ("dla46_c",),
         "HRNet": ("hrnet_w18_small",),
         "ConvNeXt": ("convnext_atto", "convnextv2_atto"),
+        "InceptionNeXt": ("inception_next_atto",),
+        "FocalNet": ("focalnet_tiny_srf",),
         "MambaOut": ("mambaout_femto",),
     },
     "Small networks for devices": {
@@ -68,10 +71,13 @@ TIMM: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         ),
         "EfficientNet": ("efficientnet_b0", "tf_efficientnetv2_b0", "tinynet_e"),
         "MNASNet": ("mnasnet_small",),
+        "FBNet": ("fbnetc_100",),
+        "ReXNet": ("rexnet_100",),
         "GhostNet": ("ghostnet_050",),
         "RepVGG": ("repvgg_a0",),
         "MobileOne": ("mobileone_s0",),
         "RepViT": ("repvit_m0_9",),
+        "StarNet": ("starnet_s1",),
     },
     "Transformers": {
         "ViT": ("vit_tiny_patch16_224",),
@@ -80,6 +86,8 @@ TIMM: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "deit_tiny_distilled_patch16_224",
             "deit3_small_patch16_224",
         ),
+        "SigLIP": ("vit_base_patch16_siglip_224",),
+        "DINOv3": ("vit_small_patch16_dinov3",),
         "BEiT": ("beit_base_patch16_224",),
         "EVA": ("eva02_tiny_patch14_224",),
         "CaiT": ("cait_xxs24_224",),
@@ -88,6 +96,11 @@ TIMM: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "Swin": ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"),
         "PVT": ("pvt_v2_b0",),
         "XCiT": ("xcit_nano_12_p16_224",),
+        "Twins": ("twins_svt_small",),
+        "CoaT": ("coat_lite_tiny",),
+        "MViT": ("mvitv2_tiny",),
+        "Hiera": ("hiera_tiny_224",),
+        "DaViT": ("davit_tiny",),
     },
     "Token mixers": {
         "MLP-Mixer": ("mixer_s32_224",),
@@ -102,13 +115,15 @@ TIMM: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "EfficientViT": ("efficientvit_b0", "efficientvit_m0"),
         "FastViT": ("fastvit_t8",),
         "MobileViT": ("mobilevit_xxs", "mobilevitv2_050"),
+        "TinyViT": ("tiny_vit_5m_224",),
         "EdgeNeXt": ("edgenext_xx_small",),
     },
 }
 # Where even the smallest member is large, some of it is left out.
-LESS: Mapping[str, Mapping[str, int]] = {
-    "vgg11_bn": {"num_features": 512},
+LESS: Mapping[str, Mapping[str, float]] = {
+    "vgg11_bn": {"mlp_ratio": 0.125},
     "beit_base_patch16_224": {"depth": 4},
+    "vit_base_patch16_siglip_224": {"depth": 4},
 }
 
 

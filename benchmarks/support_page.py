@@ -31,6 +31,9 @@ path and the dense network (marked *m*). It is converted on eight random inputs.
   rest is exact: with these operations replaced by sums, which zeros do not change, the path again
   equals the masked dense network to 1e-5. Conversion fits the layer norms' scales and shifts to
   what the dense ones gave (`conversion.affine_samples`); fine-tuning does the rest.
+- **kept *n***: in *n* forwards a number of channels is written where it should be read from the
+  tensor. Those channels are kept whole, and cuts are made elsewhere; the JSON file names the
+  modules.
 - **refused**: conversion stopped with one line that names the operation, and nothing was built.
 
 No outcome is taken on trust. Besides the check of every piece when it is cut, each path was
@@ -112,10 +115,11 @@ def _less(row: Row) -> str:
 
 
 def _outcome(row: Row) -> str:
+    whole = f", kept {len(row['whole'])}" if row["whole"] else ""
     if row["outcome"] == "exact":
-        return "exact"
+        return f"exact{whole}"
     names = ", ".join(name.replace("_", " ") for name in row["inexact_by"])
-    return f"approximate: {names} in {row['groups_inexact']} of {row['groups_cut']}"
+    return f"approximate: {names} in {row['groups_inexact']} of {row['groups_cut']}{whole}"
 
 
 def _seconds(row: Row) -> str:

@@ -6,7 +6,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, combinations, islice
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sigmabranch.backbones import Backbone, as_backbone
 from sigmabranch.conversion import BudgetPlan, ConversionSpec, convert, plan_budget
 from sigmabranch.conversion.cut import Cutter
-from sigmabranch.coupling import CouplingMap, trace
+from sigmabranch.coupling import TOLERANCE, WRITTEN, CouplingMap, trace
 from sigmabranch.errors import ConfigError, ConversionError, SigmaBranchError, UnsupportedOperation
 from sigmabranch.net import Path, SigmaBranchNet
 from sigmabranch.tree import ENTRIES, TreeSpec
@@ -31,17 +31,22 @@ BYTES = 4  # of a parameter
 SPEC = ConversionSpec(samples=INPUTS, norm_samples=INPUTS, centred=True, balanced=True)
 
 TRIES = 3  # conversions that show one way to begin
+SMALL = TreeSpec.balanced(depth=1)  # the tree by which it is shown
+ERRORS = ("path_error", "path_error_settled")
 
 T = TypeVar("T")
 
 
-def measured(name: str, seed: int = 0, tree: TreeSpec | None = None) -> dict[str, Any]:
+def measured(
+    name: str, seed: int = 0, tree: TreeSpec | None = None, entries: Sequence[str] = ENTRIES
+) -> dict[str, Any]:
     """The row of one network: how it fared, what it cost, what it was asked for and gave.
 
     Args:
         name: of the network.
         seed: of weights and inputs.
         tree: its tree but for cuts and sizes; two levels and four leaves if None.
+        entries: ways for a level to begin, of which it is shown whether it can.
     """
     model, example = built(name, seed)
     row = {
@@ -53,32 +58,58 @@ def measured(name: str, seed: int = 0, tree: TreeSpec | None = None) -> dict[str
     meter = Meter()
     try:
         with torch.no_grad():
-            row |= _converted(model, example, tree or TreeSpec(), seed, meter)
+            row |= _converted(model, example, tree or TreeSpec(), seed, entries, meter)
     except SigmaBranchError as error:
         row |= {"outcome": "refused", "during": meter.phase, "reason": str(error)}
     return row | {"seconds": meter.seconds, "extra_mib": meter.extra_mib}
 
 
 def _converted(
-    model: nn.Module, example: Tensor, tree: TreeSpec, seed: int, meter: Meter
+    model: nn.Module,
+    example: Tensor,
+    tree: TreeSpec,
+    seed: int,
+    entries: Sequence[str],
+    meter: Meter,
 ) -> dict[str, Any]:
     backbone = meter("follow", lambda: as_backbone(model, example))
     watched = tuple(dict.fromkeys((*backbone.chain, backbone.head[-1], *backbone.whole)))
     coupling = meter("trace", lambda: trace(backbone.model, example, watch=watched))
     plan, asked = meter("budget", lambda: _solved(backbone, example, tree))
-    inputs = torch.randn(
-        INPUTS, *example.shape[1:], generator=torch.Generator().manual_seed(seed + 1)
-    )
+    inputs = varied(example, seed)
     net = meter("convert", lambda: convert(backbone, [inputs], plan.tree, spec=SPEC))
     built_params = max(_count(Path(net, leaf)) for leaf in net.tree.leaves)
-    return {
+    found = {
         "stages": len(backbone.stages),
         **asked,
         **_sizes(plan, built_params),
         **_tree(plan.tree, backbone, coupling),
-        **_outcome(backbone, coupling, net, inputs[:2]),
-        "entries": {entry: _entry(backbone, coupling, tree, entry, inputs) for entry in ENTRIES},
+        **_outcome(backbone, coupling, net, inputs[:1]),
+        "whole": _whole(coupling),
     }
+    shown = {entry: found for entry in found["begin"] if found["groups_cut"]}
+    return found | {
+        "entries": {
+            entry: {key: shown[entry][key] for key in ("cuts", *ERRORS)}
+            if entry in shown
+            else _entry(backbone, coupling, entry, inputs)
+            for entry in entries
+        }
+    }
+
+
+def varied(example: Tensor, seed: int) -> Tensor:
+    """Random inputs that differ in size, not in noise alone, so that a router has a choice."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    inputs = torch.randn(INPUTS, *example.shape[1:], generator=generator)
+    scales = torch.linspace(0.5, 2, INPUTS)[torch.randperm(INPUTS, generator=generator)]
+    return inputs * scales.view(-1, *[1] * (inputs.ndim - 1))
+
+
+def _whole(coupling: CouplingMap) -> list[str]:
+    """Forwards in which a size is written, so that channels are kept for them."""
+    written = {why for why in coupling.fixed.values() if why.startswith(WRITTEN)}
+    return sorted(why.removeprefix(WRITTEN) for why in written)
 
 
 def _count(model: nn.Module) -> int:
@@ -174,21 +205,22 @@ def dropped_units(coupling: CouplingMap, net: SigmaBranchNet) -> Tensor:
     return torch.cat(gone).unique()
 
 
-def _entry(
-    backbone: Backbone, coupling: CouplingMap, tree: TreeSpec, entry: str, inputs: Tensor
-) -> dict[str, Any]:
+def _entry(backbone: Backbone, coupling: CouplingMap, entry: str, inputs: Tensor) -> dict[str, Any]:
     """Whether a level can begin in that way, shown by a conversion at the last places for it."""
     why = "no level of this network can"
-    for chosen in islice(_trees(backbone, coupling, tree, entry), TRIES):
+    for chosen in islice(_trees(backbone, coupling, SMALL, entry), TRIES):
         try:
             net = convert(backbone, [inputs], chosen, spec=SPEC)
         except SigmaBranchError as error:
             why = str(error)
             continue
         if len(dropped_units(coupling, net)):
-            error, settled = path_errors(backbone, net, inputs[:2])
+            error, settled = path_errors(backbone, net, inputs[:1])
+            if not settled <= TOLERANCE:
+                why = f"a path is off by {settled:.0e} of the largest logit, norms settled"
+                continue
             cuts = list(chosen.cuts or ())
-            return {"cuts": cuts, "path_error": error, "path_error_settled": settled}
+            return {"cuts": cuts, **dict(zip(ERRORS, (error, settled), strict=True))}
         why = "there are no channels to cut inside"
     return {"cuts": None, "reason": why}
 

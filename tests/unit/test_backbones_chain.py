@@ -237,3 +237,99 @@ def test_an_unknown_pool_is_refused():
         as_backbone(Pictures(), torch.zeros(1, 3, 8, 8), pool="median")
     with pytest.raises(ConfigError, match="no pool 'first' for channels along dimension 1"):
         as_backbone(Pictures(), torch.zeros(1, 3, 8, 8), pool="first")
+
+
+class Fuse(nn.Module):
+    """Changes the list that it is given."""
+
+    def forward(self, parts: list[Tensor]) -> list[Tensor]:
+        parts[0] = parts[0] + parts[1]
+        return parts
+
+
+class Resolutions(nn.Module):
+    """Several tensors at once in a list, in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.fuse = Fuse()
+        self.wide, self.fc = nn.Conv2d(8, 12, 1), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.fuse([x, self.second(x)])[0]
+        return self.fc(self.wide(x).relu().mean((2, 3)))
+
+
+def test_a_module_may_change_the_list_that_it_is_given():
+    model = Resolutions().eval()
+    backbone = as_backbone(model, torch.randn(1, 3, 8, 8))
+    assert backbone.chain[0] == "stem" and "wide" in backbone.chain
+    backbone.check(torch.randn(2, 3, 8, 8))
+
+
+class Mixed(nn.Module):
+    """Maps first, tokens afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 2, 2)
+        self.first, self.second = nn.Linear(12, 16), nn.Linear(16, 20)
+        self.fc = nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(self.stem(x).relu()).relu()
+        x = self.second(self.first(x.flatten(2).transpose(1, 2)).relu())
+        return self.fc(x.mean(1))
+
+
+def test_routers_read_maps_and_tokens_of_one_network():
+    model, images = Mixed().eval(), torch.randn(2, 3, 8, 8)
+    backbone = as_backbone(model, images[:1])
+    assert {"down", "second"} <= set(backbone.stages)
+    feature, seen = images, {}
+    for path in backbone.chain:
+        feature = backbone.model.get_submodule(path)(feature)
+        seen[path] = backbone.pool(feature)
+    assert torch.equal(seen["down"], model.down(model.stem(images).relu()).mean((2, 3)))
+    assert seen["second"].shape == (2, 20)
+    tree = sb.TreeSpec(projection_dim=4, cuts=("down", "second"))
+    net = sb.convert(model, batches((3, 8, 8)), tree)
+    assert net(images).shape == (2, 5)
+
+
+def test_sequences_with_channels_before_positions_are_pooled_over_positions():
+    points = nn.Sequential(
+        *(nn.Conv1d(3, 16, 1), nn.ReLU(), nn.Conv1d(16, 32, 1), nn.ReLU()),
+        *(nn.AdaptiveMaxPool1d(1), nn.Flatten(), nn.Linear(32, 5)),
+    ).eval()
+    backbone = as_backbone(points, torch.randn(1, 3, 32))
+    assert backbone.pool(torch.randn(2, 16, 32)).shape == (2, 16)
+
+
+class Pairs(nn.Module):
+    """A block that hands two tensors on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(4, 4, 1)
+
+    def forward(self, both: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.mix(both[0]), both[1] + 1
+
+
+def test_a_network_of_pairs_is_refused_by_the_name_of_its_blocks():
+    class Paired(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+            self.blocks, self.fc = nn.Sequential(Pairs(), Pairs()), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x, _ = self.blocks((self.left(x), self.right(x)))
+            return self.fc(x.relu().mean((2, 3)))
+
+    with pytest.raises(ConversionError, match=r"blocks\.0 hands on several tensors") as caught:
+        as_backbone(Paired(), torch.randn(1, 3, 8, 8))
+    assert "\n" not in str(caught.value)

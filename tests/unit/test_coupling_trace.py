@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sigmabranch.coupling import Space, trace
+from sigmabranch.coupling import SlicePlan, Space, plan_slices, trace
 from sigmabranch.errors import ConversionError, UnsupportedOperation
 
 IMAGE = torch.zeros(1, 3, 8, 8)
@@ -369,3 +369,94 @@ def test_a_network_without_storage_is_traced_alike() -> None:
     for name, axes in real.items():
         for axis, units in axes.items():
             assert torch.equal(meta[name][axis], units)
+
+
+def test_what_layers_make_for_one_reader_is_parted_by_who_carries_it() -> None:
+    net = Net(
+        lambda m, x: m.out(torch.cat([a := m.a(x), m.c(torch.cat([a, m.b(x)], 1))], 1)),
+        a=conv(3, 4),
+        b=conv(3, 5),
+        c=conv(9, 6),
+        out=conv(10, 2),
+    )
+    found = trace(net, IMAGE)
+    space = found.space_with(found.axes["a.weight"][0])
+    parts = found.parts[space.name]
+    assert sorted(map(len, parts)) == [4, 5, 6]
+    assert torch.equal(torch.cat([part.units for part in parts]).sort().values, space.units)
+    names = [part.name for space in found.spaces for part in found.parts[space.name]]
+    assert len(set(names)) == len(names)
+    for part in parts:
+        assert found.space(part.name) is part
+        for name, axis in part.tensors:
+            assert bool(torch.isin(part.units, found.axes[name][axis]).all())
+
+
+def test_a_space_whose_units_are_alike_is_its_own_part() -> None:
+    found = trace(Net(lambda m, x: m.b(m.a(x)), a=conv(3, 4), b=conv(4, 2)), IMAGE)
+    assert all(found.parts[space.name] == (space,) for space in found.spaces)
+
+
+class Splits(nn.Module):
+    """Cuts its channels into parts of ``width``, as Res2Net does."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.width = width
+        self.expand = conv(3, width * count)
+        self.mix = nn.ModuleList(conv(width, width) for _ in range(count))
+        self.shrink = conv(width * count, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.split(self.expand(x), self.width, 1)
+        mixed = [mix(part) for mix, part in zip(self.mix, parts, strict=True)]
+        return self.shrink(torch.cat(mixed, 1))
+
+
+def test_the_width_of_equal_parts_is_counted_and_cut_with_them() -> None:
+    net = Splits(width=4, count=3)
+    found = trace(net, IMAGE)
+    space = found.space("expand.weight")
+    assert len(space) == 4 and not found.is_heads(space)
+    plan = plan_slices(net, found, {space: space.units[1:]})
+    assert plan.edits[""] == {"width": 3}
+    assert SlicePlan.from_dict(plan.to_dict()).edits == plan.edits
+    plan.reshape(net)
+    assert net.expand.weight.shape[0] == 9 and net(IMAGE).shape[1] == 2
+
+
+class Scaled(nn.Module):
+    """A vector of scales that is viewed in a shape that the module keeps."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.shape = (width, 1, 1)
+        self.scale = nn.Parameter(torch.rand(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.view(self.shape)
+
+
+def test_the_shape_of_a_layer_scale_is_cut_with_it() -> None:
+    net = nn.Sequential(conv(3, 6), Scaled(6), conv(6, 2))
+    found = trace(net, IMAGE)
+    space = found.space("0.weight")
+    plan = plan_slices(net, found, {space: space.units[:4]})
+    assert plan.edits["1"] == {"shape": (4, 1, 1)}
+    plan.reshape(net)
+    assert net(IMAGE).shape[1] == 2
+
+
+def test_modules_with_windows_or_constants_are_not_given_one_value_per_input() -> None:
+    net = Net(
+        lambda m, x: (
+            m.out(m.inside(m.first(x).unflatten(1, (2, 4)).flatten(0, 1))) + m.bias(m.table)
+        ),
+        first=nn.Linear(3, 8),
+        inside=nn.Linear(4, 4),
+        out=nn.Linear(4, 2),
+        bias=nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 2)),
+        table=nn.Parameter(torch.rand(1, 5)),
+    )
+    found = trace(net, torch.zeros(1, 3))
+    assert {"", "first"} == found.per_input

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sigmabranch.backbones.base import Backbone
-from sigmabranch.backbones.pools import channel_dim, pool_of
+from sigmabranch.backbones.pools import PoolByRank, channel_dim, pool_of
 from sigmabranch.coupling import evaluating
 from sigmabranch.errors import ConversionError
 
@@ -27,6 +27,8 @@ from sigmabranch.errors import ConversionError
 _LARGE = 0.3
 # A network that changes its shape less often is uniform, and gets this many equal stages.
 _CHANGES, _PARTS = 2, 4
+# Dimensions of the input → how often to repeat it for a larger one: the first that is legal.
+_LARGER = {3: ((1, 2, 1), (1, 1, 2)), 4: ((1, 1, 2, 2),)}
 
 
 class ChainModel(nn.Module):
@@ -82,12 +84,19 @@ def chain_backbone(model: nn.Module, example: Tensor, pool: str = "mean") -> Bac
             f"{type(model).__name__} cannot be cut before its head ({' → '.join(paths)}): "
             "describe it with a Backbone of its own"
         )
+    lies = _layouts(shapes, first, mean=pool == "mean")
+    stages = _stages(chained, paths[:first], shapes, lies)
+    if not stages:
+        raise ConversionError(
+            f"{type(model).__name__} can be cut nowhere, because {_largest_piece(chained)} hands "
+            "on several tensors at once: describe it with a Backbone of its own"
+        )
     return Backbone(
         model=chained,
         original=model,
         chain=paths[:first],
-        stages=_stages(chained, paths[:first], shapes[0]),
-        pool=pool_of(pool, channel_dim([sizes[first] for sizes in shapes])),
+        stages=stages,
+        pool=_pool(pool, lies, [sizes[first] for sizes in shapes]),
         head=paths[first:],
         head_pools=True,
     )
@@ -140,6 +149,7 @@ class _Outline(fx.Tracer):
         if node.target in ("item", "tolist"):
             raise ValueError(f"it reads what a tensor holds, by {node.target}()")
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        args, kwargs = _mutable(args), _mutable(kwargs)
         target = str(node.target)
         self._computing = True
         try:
@@ -176,6 +186,15 @@ class _Outline(fx.Tracer):
         if not isinstance(value, Sequence):
             return super().iter(obj)
         return iter([operator.getitem(obj, position) for position in range(len(value))])  # type: ignore[call-overload]
+
+
+def _mutable(value: Any) -> Any:
+    """fx's lists and dictionaries as plain ones, which a forward may change."""
+    if isinstance(value, dict):
+        return {key: _mutable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return (list if isinstance(value, list) else tuple)(map(_mutable, value))
+    return value
 
 
 class _Proxy(fx.Proxy):
@@ -273,7 +292,7 @@ def _step(
     # A module that is called again is wrapped, because a link is known by its path.
     if plain and names.is_first(str(node.target)):
         return _Step(str(node.target))
-    members = _reached(piece, lambda node: node.all_input_nodes) - moving | set(piece)
+    members = _reached(piece, lambda node: set(node.all_input_nodes) - moving) | set(piece)
     graph = fx.Graph()
     copies = {source: graph.placeholder("x")}
     for node in source.graph.nodes:
@@ -328,11 +347,11 @@ def _shapes(chained: ChainModel, example: Tensor) -> list[list[tuple[int, ...]]]
     The second is missing where the network takes one size only.
     """
     found = [list(_walk(chained, example))]
-    twice = {3: (1, 2, 1), 4: (1, 1, 2, 2)}.get(example.ndim)
-    if twice is not None:
+    for times in _LARGER.get(example.ndim, ()):
         # Foreign code may refuse in any way.
         with _unheard(), suppress(Exception):
-            found.append(list(_walk(chained, example.repeat(*twice))))
+            found.append(list(_walk(chained, example.repeat(times))))
+            break
     return found
 
 
@@ -370,17 +389,71 @@ def _is_vector(shape: tuple[int, ...]) -> bool:
     return sum(size > 1 for size in shape) <= 1
 
 
+def _largest_piece(chained: ChainModel) -> str:
+    """The largest link, or the largest module that is called in it."""
+    path = max(chained.paths, key=lambda path: _count(chained.get_submodule(path)))
+    link = chained.get_submodule(path)
+    if not isinstance(link, fx.GraphModule):
+        return path
+    called = [str(node.target) for node in link.graph.find_nodes(op="call_module")]
+    return max(called, key=lambda name: _count(link.get_submodule(name)), default=path)
+
+
 def _is_layer(chained: ChainModel, path: str) -> bool:
     """Whether a link has weights, not norms or tokens alone."""
     weights = chained.get_submodule(path).named_parameters()
     return any(p.ndim > 1 and name.endswith("weight") for name, p in weights)
 
 
+def _layouts(
+    shapes: Sequence[Sequence[tuple[int, ...]]], last: int, *, mean: bool
+) -> Mapping[int, int]:
+    """Number of dimensions → that of the channels in the last such feature of the chain.
+
+    Of tokens the first is read only where the last feature has tokens, too.
+    """
+    known: dict[int, int] = {}
+    for number in range(last, 0, -1):
+        dim = _channel_dim(shapes, number)
+        if dim is not None and (mean or number == last):
+            known.setdefault(len(shapes[0][number]) + 1, dim)
+    return known
+
+
+def _channel_dim(shapes: Sequence[Sequence[tuple[int, ...]]], number: int) -> int | None:
+    """The dimension of the channels in what a link is given; None where that cannot be told."""
+    try:
+        return channel_dim([sizes[number] for sizes in shapes])
+    except ConversionError:
+        return None
+
+
+def _pool(name: str, lies: Mapping[int, int], last: Sequence[tuple[int, ...]]) -> nn.Module:
+    """What routers see of the features."""
+    maps = {rank: dim for rank, dim in lies.items() if rank > 2}
+    if len({dim == 1 for dim in maps.values()}) < 2:
+        return pool_of(name, channel_dim(last))
+    return PoolByRank({rank: pool_of(name, dim) for rank, dim in maps.items()})
+
+
 def _stages(
-    chained: ChainModel, chain: Sequence[str], shape: Sequence[tuple[int, ...]]
+    chained: ChainModel,
+    chain: Sequence[str],
+    shapes: Sequence[Sequence[tuple[int, ...]]],
+    lies: Mapping[int, int],
 ) -> tuple[str, ...]:
-    """The links that change the feature's shape; equal parts of a network that hardly does."""
-    layers = [number for number, path in enumerate(chain) if number and _is_layer(chained, path)]
+    """The links that change the feature's shape; equal parts of a network that hardly does.
+
+    What they are given must be a feature that the pool can read.
+    """
+    shape = shapes[0]
+    layers = [
+        number
+        for number, path in enumerate(chain)
+        if number
+        and _is_layer(chained, path)
+        and lies.get(len(shape[number]) + 1) == _channel_dim(shapes, number)
+    ]
     changing = [number for number in layers if shape[number] != shape[number + 1]]
     if len(changing) < _CHANGES:
         count = min(_PARTS, len(layers))

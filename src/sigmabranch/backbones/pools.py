@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -38,6 +38,18 @@ class FirstToken(nn.Module):
     def forward(self, feature: Tensor) -> Tensor:
         """(B, T, C) → (B, C)."""
         return feature[:, 0]
+
+
+class PoolByRank(nn.Module):
+    """One pool for features of each number of dimensions, where maps become tokens on the way."""
+
+    def __init__(self, pools: Mapping[int, nn.Module]) -> None:
+        super().__init__()
+        self.pools = nn.ModuleDict({str(rank): pool for rank, pool in pools.items()})
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(B, ...) → (B, C)."""
+        return feature if feature.ndim == 2 else self.pools[str(feature.ndim)](feature)
 
 
 def pool_of(name: str, dim: int) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sigmabranch.backbones import Backbone, as_backbone
 from sigmabranch.conversion.cut import Cutter
-from sigmabranch.conversion.ruler import Ruler, Sizes, applications
+from sigmabranch.conversion.ruler import Ruler, Sizes, Tables, applications
 from sigmabranch.coupling import CouplingMap, evaluating, trace
 from sigmabranch.errors import ConfigError, ConversionError, SigmaBranchError, UnsupportedOperation
 from sigmabranch.sizes import byte_count
@@ -20,6 +20,8 @@ from sigmabranch.tree import TreeSpec
 
 # Steps of the common scale and of each level's own; the budget is hit within far less than 2 %.
 _STEPS = 1024
+# Where groups are few or wide, a step is large; a tree that leaves more unspent comes last.
+_SPENT = 0.98
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +119,9 @@ class Candidate:
 class BudgetPlan:
     """The trees that meet a budget, and the one that is taken.
 
-    The rule: the candidate whose most reduced level keeps the largest share of its channels; of
-    equals, the one with the smaller total size.
+    The rule: of the candidates that spend the active bytes to 2 %, or of all if none does, the one
+    whose most reduced level keeps the largest share of its channels; of equals, the one with the
+    smaller total size.
 
     Attributes:
         budget: what was asked for.
@@ -195,10 +198,11 @@ def plan_budget(
         watched = dict.fromkeys((*backbone.chain, backbone.head[-1], *backbone.whole))
         coupling = trace(backbone.model, example, watch=tuple(watched))
         positions = applications(backbone.model, example)
+    tables: Tables = {}
     for cuts in _cuts(backbone, template.depth, template.cuts):
         for variant in _variants(template, coupling):
             try:
-                ruler = _ruler(backbone, coupling, replace(variant, cuts=cuts), positions)
+                ruler = _ruler(backbone, coupling, replace(variant, cuts=cuts), positions, tables)
             except (ConversionError, UnsupportedOperation) as error:
                 reasons.append(error)
                 continue
@@ -208,12 +212,12 @@ def plan_budget(
                 found.append(_solved(ruler, limits))
     if not found:
         raise _impossible(limits, smallest, reasons)
-    ranked = _ranked(found)
+    ranked = _ranked(found, limits)
     taken = ranked[0].tree
     return BudgetPlan(
         budget=limits,
         dense_params=_count(backbone.model),
-        inexact=_ruler(backbone, coupling, taken, positions).cutter.inexact(taken),
+        inexact=_ruler(backbone, coupling, taken, positions, tables).cutter.inexact(taken),
         candidates=ranked,
     )
 
@@ -230,9 +234,19 @@ def _cuts(backbone: Backbone, depth: int, cuts: tuple[str, ...] | None) -> list[
     if len(stages) < depth:
         raise ConfigError(
             f"a tree of depth {depth} begins at {depth} stages, but the network has "
-            f"{len(stages)} ({', '.join(stages)}): use a smaller depth or name tree.cuts"
+            f"{len(stages)} ({', '.join(stages)}{_why_few(backbone)}): use a smaller depth or name "
+            "tree.cuts"
         )
     return list(combinations(stages, depth))
+
+
+def _why_few(backbone: Backbone) -> str:
+    """What is said of a link that is most of the network."""
+    sizes = {path: _count(backbone.model.get_submodule(path)) for path in backbone.chain}
+    largest = max(sizes, key=lambda path: sizes[path])
+    if 2 * sizes[largest] < _count(backbone.model):
+        return ""
+    return f"; inside {largest} several tensors are handed on at once"
 
 
 def _variants(tree: TreeSpec, coupling: CouplingMap) -> Iterator[TreeSpec]:
@@ -244,10 +258,14 @@ def _variants(tree: TreeSpec, coupling: CouplingMap) -> Iterator[TreeSpec]:
 
 
 def _ruler(
-    backbone: Backbone, coupling: CouplingMap, tree: TreeSpec, positions: dict[str, int]
+    backbone: Backbone,
+    coupling: CouplingMap,
+    tree: TreeSpec,
+    positions: dict[str, int],
+    tables: Tables,
 ) -> Ruler:
     levels = backbone.levels(tree.depth, tree.cuts)
-    return Ruler(Cutter(backbone, levels, coupling, tree.entry), tree, positions)
+    return Ruler(Cutter(backbone, levels, coupling, tree.entry), tree, positions, tables)
 
 
 def _scaled(ruler: Ruler, step: int) -> TreeSpec:
@@ -349,7 +367,7 @@ def _last(steps: int, holds: Callable[[int], bool]) -> int:
     return low
 
 
-def _ranked(found: Sequence[Candidate]) -> tuple[Candidate, ...]:
+def _ranked(found: Sequence[Candidate], budget: Budget) -> tuple[Candidate, ...]:
     def cost(candidate: Candidate) -> tuple[float, int, int]:
         sizes = candidate.sizes
         return -candidate.smallest_share, sizes.total_params, sizes.macs
@@ -361,7 +379,11 @@ def _ranked(found: Sequence[Candidate]) -> tuple[Candidate, ...]:
             for other in map(cost, found)
         )
 
-    ranked = sorted(found, key=cost)
+    def rank(candidate: Candidate) -> tuple[bool, tuple[float, int, int]]:
+        spent = budget.bytes(candidate.sizes.active_params)
+        return spent < _SPENT * budget.active_bytes, cost(candidate)
+
+    ranked = sorted(found, key=rank)
     return tuple(replace(candidate, best=not beaten(candidate)) for candidate in ranked)
 
 

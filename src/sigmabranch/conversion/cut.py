@@ -51,9 +51,17 @@ class Cutter:
         spaces = [self.coupling.space_of_output(path).name for path in self.outputs]
         entries = []
         for level, (before, after) in enumerate(pairwise(spaces)):
-            stays = before == after or self._is_output_put_together(self.outputs[level + 1])
+            rigid = self._why_rigid(self.outputs[level + 1])
+            stays = (
+                before == after or rigid or self._is_output_put_together(self.outputs[level + 1])
+            )
             if entry == "inner" or (stays and entry is None):
                 entries.append("inner")
+            elif rigid:
+                raise ConversionError(
+                    f"channels of {self.outputs[level + 1]} cannot be dropped ({rigid}): use "
+                    "entry=inner"
+                )
             elif before != after:
                 entries.append("project")
             elif entry == "gather":
@@ -66,6 +74,13 @@ class Cutter:
                     "cut where the network changes its width, or use entry=inner or entry=gather"
                 )
         return tuple(entries)
+
+    def _why_rigid(self, output: str) -> str | None:
+        """Why channels of an output cannot be dropped, if they cannot."""
+        units = self.coupling.output_axis(output).units.tolist()
+        return next(
+            (self.coupling.fixed[unit] for unit in units if unit in self.coupling.fixed), None
+        )
 
     def _is_output_put_together(self, output: str) -> bool:
         units = self.coupling.output_axis(output).units.unique()
@@ -121,7 +136,6 @@ class Cutter:
         return [
             (space.name, len(space), self.coupling.is_heads(space))
             for space in self.coupling.inner_spaces(paths, handed_on)
-            if not self._is_put_together(space, space.units)
         ]
 
     def inexact(self, tree: TreeSpec) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from math import prod
 from typing import Any, TypeAlias
 
@@ -38,6 +38,10 @@ class Sizes:
     macs: int
 
 
+#: A tensor's axis, and which level's output it is cut with → what is left of it.
+Tables: TypeAlias = "dict[tuple[str, int, int | None, str | None], _Axis]"
+
+
 class Ruler:
     """Sizes of a tree's nodes as a function of the widths and shares.
 
@@ -46,10 +50,18 @@ class Ruler:
         tree: the tree; its widths, shares and heads do not matter, but whether it cuts heads does.
         positions: weight → how many positions of the output it is applied at
             (:func:`applications`).
+        tables: what rulers of the same network have counted already, and this one adds to.
     """
 
-    def __init__(self, cutter: Cutter, tree: TreeSpec, positions: dict[str, int]) -> None:
+    def __init__(
+        self,
+        cutter: Cutter,
+        tree: TreeSpec,
+        positions: dict[str, int],
+        tables: Tables | None = None,
+    ) -> None:
         self.cutter, self.tree, self.positions = cutter, tree, positions
+        self._tables = {} if tables is None else tables
         self.units = [
             int(cutter.unit_of_channel(level).max()) + 1 for level in range(tree.depth + 1)
         ]
@@ -124,22 +136,38 @@ class Ruler:
             for name, parameter in module.named_parameters(path):
                 axes = self.cutter.coupling.axes.get(name, {})
                 tables = [
-                    self._axis(axes.get(dim), size, level)
+                    self._axis((name, dim), axes.get(dim), size, level)
                     for dim, size in enumerate(parameter.shape)
                 ]
                 tensors.append((name, tables))
         return tensors
 
-    def _axis(self, units: Tensor | None, size: int, level: int) -> _Axis:
+    def _axis(self, at: tuple[str, int], units: Tensor | None, size: int, level: int) -> _Axis:
         if units is None or not bool((units > 0).any()):
-            return _Axis(None, [size])
+            return _Axis(size, ())
         number = int(self._space_of_unit[units[units > 0][0]])
-        space = self.cutter.coupling.spaces[number]
-        own = [at for at in range(level + 1) if self._output_spaces[at] == space.name]
-        if own:
-            ends = self.cutter.coupling.output_axis(self.cutter.outputs[own[-1]]).units.unique()
-            return _Axis(own[-1], _table(units, ends))
-        return _Axis(space.name, _table(units, space.units))
+        space = self.cutter.coupling.spaces[number].name
+        own = [before for before in range(level + 1) if self._output_spaces[before] == space]
+        key = (*at, own[-1] if own else None, self.cutter.outputs[own[-1]] if own else None)
+        if key not in self._tables:
+            tables = [
+                (group, _table(units, members)) for group, members in self._groups(space, *own[-1:])
+            ]
+            tables = [(group, table) for group, table in tables if table[-1]]
+            self._tables[key] = _Axis(size - sum(table[-1] for _, table in tables), tuple(tables))
+        return self._tables[key]
+
+    @cache  # noqa: B019 (as short-lived as the ruler)
+    def _groups(self, space: str, level: int | None = None) -> list[tuple[Group, Tensor]]:
+        """The units of a space by what decides on them: the output of ``level``, then parts."""
+        groups: list[tuple[Group, Tensor]] = [
+            (part.name, part.units) for part in self.cutter.coupling.parts[space]
+        ]
+        if level is not None:
+            ends = self.cutter.coupling.output_axis(self.cutter.outputs[level]).units.unique()
+            groups = [(name, part[~torch.isin(part, ends)]) for name, part in groups]
+            groups.insert(0, (level, ends))
+        return [(group, members) for group, members in groups if len(members)]
 
     def _cost(
         self, tensors: Iterable[tuple[str, list[_Axis]]], kept: dict[Group, int]
@@ -154,15 +182,13 @@ class Ruler:
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
-    """Positions left of an axis by units left of its group; all of them without one."""
+    """Positions left of an axis by units left of its groups: ``always``, and a table for each."""
 
-    group: Group | None
-    table: list[int]
+    always: int
+    tables: tuple[tuple[Group, list[int]], ...]
 
     def left(self, kept: dict[Group, int]) -> int:
-        if self.group is None or self.group not in kept:
-            return self.table[-1]
-        return self.table[kept[self.group]]
+        return self.always + sum(table[kept.get(group, -1)] for group, table in self.tables)
 
 
 def _table(units: Tensor, group: Tensor) -> list[int]:
@@ -170,8 +196,7 @@ def _table(units: Tensor, group: Tensor) -> list[int]:
     rank = torch.searchsorted(group, units).clamp(max=len(group) - 1)
     member = group[rank] == units
     counts = torch.bincount(rank[member], minlength=len(group)).cumsum(0)
-    always = int((~member).sum())
-    return [always, *(counts + always).tolist()]
+    return [0, *counts.tolist()]
 
 
 def _router_params(channels: int, tree: TreeSpec, branches: int) -> int:

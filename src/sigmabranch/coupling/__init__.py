@@ -9,9 +9,11 @@ from sigmabranch.coupling.readers import Reader, last_reader
 from sigmabranch.coupling.scores import channel_mean_to_unit, unit_scores_l1
 from sigmabranch.coupling.trace import evaluating, trace
 from sigmabranch.coupling.verify import TOLERANCE, masked_state, verify_slice
+from sigmabranch.coupling.written import WRITTEN
 
 __all__ = [
     "TOLERANCE",
+    "WRITTEN",
     "Axis",
     "CouplingMap",
     "Keep",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sigmabranch.coupling.map import Axis, CouplingMap, Role, Space
-from sigmabranch.coupling.units import Units, distinct, varying
+from sigmabranch.coupling.units import Units, distinct, located, varying
 from sigmabranch.errors import ConversionError
 
 Key = tuple[str, int]
@@ -88,9 +88,7 @@ class _Numbering:
         self._known = distinct(vectors)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        ids = self._find(ids)
-        position = torch.searchsorted(self._known, ids.contiguous())
-        known = torch.isin(ids, self._known)
+        position, known = located(self._find(ids), self._known)
         return torch.where(known, position + 1, 0)
 
     def reasons(self, found: Reasons) -> dict[int, str]:
@@ -151,7 +149,7 @@ def _unmade(vectors: Mapping[Key, Tensor], roles: Mapping[Key, Role]) -> Reasons
     """Units of constants and tokens that no layer makes, such as relative coordinates."""
     made = distinct(ids for key, ids in vectors.items() if roles[key] == "makes")
     return [
-        (ids[~torch.isin(ids, made)], f"{name} is the only source of these channels")
+        (ids[~located(ids, made)[1]], f"{name} is the only source of these channels")
         for (name, _), ids in vectors.items()
     ]
 
@@ -198,5 +196,9 @@ def _spaces(vectors: Mapping[Key, Tensor], roles: Mapping[Key, Role]) -> tuple[S
 
 
 def _maker(keys: list[Key], roles: Mapping[Key, Role]) -> str:
-    makers = [name for name, axis in keys if roles[name, axis] == "makes"]
-    return makers[0] if makers else keys[0][0]
+    # Not after a reader: its rows may be a space of their own.
+    for role in ("makes", "scales"):
+        names = [name for name, axis in keys if roles[name, axis] == role]
+        if names:
+            return names[0]
+    return f"{keys[0][0]}:{keys[0][1]}"

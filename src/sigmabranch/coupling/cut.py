@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sigmabranch.coupling.map import CouplingMap, Space
 from sigmabranch.coupling.plan import SlicePlan, Value, fingerprint
+from sigmabranch.coupling.units import located
 from sigmabranch.errors import ConversionError
 
 Keep: TypeAlias = Mapping[Space | str, Tensor]
@@ -32,7 +33,7 @@ def plan_slices(model: nn.Module, coupling: CouplingMap, keep: Keep) -> SlicePla
     positions: dict[str, dict[int, Tensor]] = {}
     for name, axes in coupling.axes.items():
         for axis, units in axes.items():
-            stays = ~torch.isin(units, dropped)
+            stays = ~located(units, dropped)[1]
             if not bool(stays.any()):
                 raise ConversionError(f"nothing is left of {name} along axis {axis}: keep some")
             if not bool(stays.all()):
@@ -54,7 +55,7 @@ def dropped_units(coupling: CouplingMap, keep: Keep) -> Tensor:
     for chosen, kept in keep.items():
         space = chosen if isinstance(chosen, Space) else coupling.space(chosen)
         units = kept.cpu()
-        foreign = units[~torch.isin(units, space.units)]
+        foreign = units[~located(units, space.units)[1]]
         if len(foreign):
             raise ConversionError(f"unit {int(foreign[0])} is not one of {space.name}")
         gone = space.units[~torch.isin(space.units, units)]
@@ -77,7 +78,7 @@ def _merged(*edits: Iterable[tuple[str, dict[str, Value]]]) -> dict[str, dict[st
 def _recounted(coupling: CouplingMap, dropped: Tensor) -> Iterator[tuple[str, dict[str, Value]]]:
     """Attributes that count units, where units are dropped."""
     for (path, attribute), units in coupling.counts.items():
-        gone = int(torch.isin(units, dropped).sum())
+        gone = int(located(units, dropped)[1].sum())
         if gone:
             yield path, {attribute: len(units) - gone}
 
@@ -95,6 +96,18 @@ def _edits(
                 if edit:
                     yield path, edit
                 break
+        yield from _written_shape(path, module, positions)
+
+
+def _written_shape(
+    path: str, module: nn.Module, positions: Mapping[str, Mapping[int, Tensor]]
+) -> Iterator[tuple[str, dict[str, Value]]]:
+    """The attribute ``shape`` of a module that views its vector of scales in that shape."""
+    shape = vars(module).get("shape")
+    for name, vector in module.named_parameters(path, recurse=False):
+        if name in positions and isinstance(shape, tuple) and vector.shape == (max(shape),):
+            left = len(positions[name][0])
+            yield path, {"shape": tuple(left if size > 1 else 1 for size in shape)}
 
 
 def _changes(module: nn.Module, shape: list[int]) -> dict[str, Value]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sigmabranch.coupling.units import located
 from sigmabranch.errors import ConversionError, UnsupportedOperation
 
 #: What a tensor does to the units along one of its axes. ``makes``: rows of a convolution or linear
@@ -20,6 +22,8 @@ Role = Literal["makes", "scales", "reads"]
 #: What attention modules call the number of their heads, and the number of all heads' channels.
 HEADS = ("num_heads", "heads", "n_heads", "nhead", "num_attention_heads")
 HEAD_CHANNELS = ("attn_dim", "inner_dim", "all_head_dim", "all_head_size")
+#: What modules call the number of channels that they split into equal parts, or that of a part.
+PARTS = ("width", "in_channels", "expand_chs", "split_size")
 
 
 class Axis(NamedTuple):
@@ -62,8 +66,10 @@ class CouplingMap:
         fixed: unit -> why it cannot be dropped.
         inexact: unit -> why dropping it does more than remove it (layer norm statistics, …).
         counts: (module path, attribute) -> the units that an integer attribute counts, one for each
-            that it adds up: the heads of an attention module.
+            that it adds up: the heads of an attention module, the channels of a part.
         spaces: the units, grouped by the axes they share, in order of first use.
+        per_input: module paths whose first argument has one entry for each of the network's inputs
+            along its first dimension; not so with windows, and with what no input decides.
     """
 
     axes: Mapping[str, Mapping[int, Tensor]]
@@ -73,6 +79,7 @@ class CouplingMap:
     inexact: Mapping[int, str]
     counts: Mapping[tuple[str, str], Tensor]
     spaces: tuple[Space, ...]
+    per_input: frozenset[str] = frozenset()
 
     def space(self, name: str) -> Space:
         """The space called ``name``.
@@ -80,10 +87,44 @@ class CouplingMap:
         Raises:
             ConversionError: there is none.
         """
-        for space in self.spaces:
-            if space.name == name:
-                return space
+        if name in self._by_name:
+            return self._by_name[name]
         raise ConversionError(f"no channels are called {name!r}: choose a name from map.spaces")
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, Space]:
+        parts = [part for space in self.spaces for part in self.parts[space.name]]
+        return {space.name: space for space in (*parts, *self.spaces)}
+
+    @cached_property
+    def parts(self) -> Mapping[str, tuple[Space, ...]]:
+        """Space → its units grouped further, by the axes that carry them and how often.
+
+        All units of a part cost the same. Where several layers make a part each of what others
+        read, as in dense blocks, there are several parts, with names of their own.
+        """
+        taken = {space.name for space in self.spaces}
+        return {space.name: tuple(self._parted(space, taken)) for space in self.spaces}
+
+    def _parted(self, space: Space, taken: set[str]) -> Iterator[Space]:
+        counts = torch.stack([self._occurrences(key, space) for key in space.tensors])
+        kinds, kind_U = torch.unique(counts, dim=1, return_inverse=True)
+        if kinds.shape[1] == 1:
+            yield space
+            return
+        for kind in range(kinds.shape[1]):
+            keys = [
+                key for key, count in zip(space.tensors, kinds[:, kind], strict=True) if count > 0
+            ]
+            made = [key[0] for key in keys if self.roles[key] == "makes"]
+            name = unused(made[0] if made else keys[0][0], taken)
+            yield Space(name, space.units[kind_U == kind], tuple(keys))
+
+    def _occurrences(self, key: tuple[str, int], space: Space) -> Tensor:
+        """How often each unit of ``space`` stands along an axis."""
+        units = self.axes[key[0]][key[1]]
+        position, known = located(units, space.units)
+        return torch.bincount(position[known], minlength=len(space))
 
     def space_with(self, units: Tensor) -> Space:
         """The space that holds all of ``units``.
@@ -98,7 +139,10 @@ class CouplingMap:
 
     def is_heads(self, space: Space) -> bool:
         """Whether the units of ``space`` are attention heads."""
-        return any(bool(torch.isin(units, space.units).any()) for units in self.counts.values())
+        return any(
+            attribute not in PARTS and bool(torch.isin(units, space.units).any())
+            for (_, attribute), units in self.counts.items()
+        )
 
     def output_axis(self, module: str) -> Axis:
         """The channel axis of the one tensor with units that the watched ``module`` returns.
@@ -151,12 +195,23 @@ class CouplingMap:
             for unit in axis.units.tolist()
         }
         return [
-            space
+            part
             for space in self.spaces
-            if all(is_under(name, prefixes) for name, _ in space.tensors)
-            and visible.isdisjoint(units := space.units.tolist())
+            for part in self.parts[space.name]
+            if all(is_under(name, prefixes) for name, _ in part.tensors)
+            and visible.isdisjoint(units := part.units.tolist())
             and self.fixed.keys().isdisjoint(units)
         ]
+
+
+def unused(name: str, taken: set[str]) -> str:
+    """``name``, numbered if it is taken; it is taken from now on."""
+    found, number = name, 1
+    while found in taken:
+        number += 1
+        found = f"{name}#{number}"
+    taken.add(found)
+    return found
 
 
 def is_under(name: str, prefixes: Iterable[str]) -> bool:

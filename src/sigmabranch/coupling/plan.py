@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from sigmabranch.coupling.map import HEAD_CHANNELS, HEADS, is_under
+from sigmabranch.coupling.map import HEAD_CHANNELS, HEADS, PARTS, is_under
 from sigmabranch.errors import ConfigError, ConversionError
 
 Value: TypeAlias = int | tuple[int, ...]
@@ -103,7 +103,9 @@ class SlicePlan:
             if not isinstance(tensor, Tensor):
                 raise ConversionError(f"the plan cuts tensor {name}, which the module lacks")
             if id(tensor) not in done:
-                done[id(tensor)] = _replacement(tensor, axes, name)
+                cut = _replacement(tensor, axes, name)
+                # A module with two names is met again when its tensors are cut already.
+                done[id(tensor)] = done[id(cut)] = cut
             setattr(module, attribute, done[id(tensor)])
         for path, edit in _relative(self.edits, prefix).items():
             module = _submodule(root, path)
@@ -259,6 +261,7 @@ def _natural(value: Any) -> int:
 _ATTRIBUTES = {
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features",
     "num_channels", "normalized_shape", "embedding_dim", "num_parameters", *HEADS, *HEAD_CHANNELS,
+    *PARTS, "shape",
 }  # fmt: skip
 
 

@@ -24,6 +24,8 @@ class Reader(NamedTuple):
 def last_reader(model: nn.Module, coupling: CouplingMap, space: Space) -> Reader | None:
     """The last convolution or linear layer that reads all units of ``space``; None without one.
 
+    What it is given must have one entry per input of the network, so that it can be measured.
+
     ``unit_C`` holds positions in ``space.units``.
     """
     for name, axis in reversed(space.tensors):
@@ -31,8 +33,8 @@ def last_reader(model: nn.Module, coupling: CouplingMap, space: Space) -> Reader
         module = model.get_submodule(path)
         dim = next((dim for kind, dim in _READ_DIM.items() if isinstance(module, kind)), None)
         reads = coupling.roles[name, axis] == "reads" and getattr(module, "groups", 1) == 1
-        if dim is not None and reads:
+        if dim is not None and reads and path in coupling.per_input:
             units = coupling.axes[name][axis]
-            if bool(torch.isin(space.units, units).all()) and bool((units > 0).all()):
+            if bool(torch.isin(space.units, units).all() & torch.isin(units, space.units).all()):
                 return Reader(path, dim, torch.searchsorted(space.units, units))
     return None

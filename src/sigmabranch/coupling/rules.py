@@ -159,6 +159,8 @@ def split(tracer: Tracer, call: Call) -> None:
             parts = labels.unflatten(dim, (-1, size))
             others = [axis for axis in range(parts.ndim) if axis != dim]
             labels = tracer.project(parts, *others).expand_as(parts).flatten(dim, dim + 1)
+            if varying(labels) == [dim]:
+                tracer.count_parts(labels.flatten(), size)
     _mark_parts(tracer, call, labels)
 
 

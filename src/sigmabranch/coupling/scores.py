@@ -48,6 +48,6 @@ def channel_mean_to_unit(coupling: CouplingMap, module: str, mean_KC: Tensor) ->
 
 
 def _add(scores: Tensor, space: Space, units: Tensor, values: Tensor) -> None:
-    """Add the value at each position to the score of its unit; unit 0 counts nowhere."""
-    real = units > 0
+    """Add the value at each position to the score of its unit; others count nowhere."""
+    real = torch.isin(units, space.units)
     scores.index_add_(0, torch.searchsorted(space.units, units[real]), values[real])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeAlias
 
 import torch
@@ -24,12 +24,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sigmabranch.coupling import layers, rules  # noqa: F401 (importing them registers the rules)
 from sigmabranch.coupling.assemble import Findings, assemble, model_tensor
 from sigmabranch.coupling.calls import Call, find_rule
-from sigmabranch.coupling.map import HEAD_CHANNELS, HEADS, CouplingMap, Role
+from sigmabranch.coupling.map import HEAD_CHANNELS, HEADS, PARTS, CouplingMap, Role
 from sigmabranch.coupling.units import Units, distinct, varying
+from sigmabranch.coupling.written import Given, is_written, written_sizes
 from sigmabranch.errors import ConversionError, UnsupportedOperation
 
 # Marks live on the tensor object itself, so they die with it and no recycled id() can lie.
 _MARK = "_sigmabranch_mark"
+# The trace whose input a tensor was computed from.
+_ORIGIN = "_sigmabranch_origin"
 
 #: A parameter or buffer by name, and which of its axes each dimension is.
 Weight: TypeAlias = tuple[str, tuple[int, ...]]
@@ -67,12 +70,21 @@ def trace(
             raise ConversionError(f"cannot watch {name!r}: the model has no module of that name")
     arguments = example if isinstance(example, tuple) else (example,)
     # In-place operations of the model must not reach the caller's data.
-    arguments = pytree.tree_map_only(Tensor, torch.clone, arguments)
+    copies = pytree.tree_map_only(Tensor, torch.clone, arguments)
     tracer = Tracer(model, watch)
+    tracer.begin(copies)
     with evaluating(model), torch.no_grad(), tracer.following_modules(), tracer:
-        output = model(*arguments)
+        output = model(*copies)
     tracer.fix_output(output)
-    return assemble(model, tracer.units, tracer.findings)
+    coupling = assemble(model, tracer.units, tracer.findings)
+    with evaluating(model), torch.no_grad():
+        written = written_sizes(model, tracer.given(coupling, arguments), coupling)
+    return replace(
+        coupling,
+        fixed={**coupling.fixed, **written},
+        outputs={name: coupling.outputs[name] for name in watch},
+        per_input=tracer.per_input,
+    )
 
 
 @contextmanager
@@ -98,6 +110,9 @@ class Tracer(TorchDispatchMode):
         self.findings = Findings(watched=dict.fromkeys(watch))
         self._model = model
         self._path: list[str] = []
+        self._given: dict[str, Given] = {}
+        self._inputs = 0
+        self._is_per_input: dict[str, bool] = {}
         # Keyed by identity: the model keeps these tensors alive, so no id is reused.
         named = [*model.named_parameters(), *model.named_buffers()]
         self._names = {id(tensor): name for name, tensor in named}
@@ -109,11 +124,39 @@ class Tracer(TorchDispatchMode):
     ) -> Any:
         call = Call(func, args, kwargs or {})
         touched = any(map(self._is_touched, call.tensors))
+        moving = any(map(self._is_from_input, call.tensors))
         call.out = func(*args, **(kwargs or {}))
+        for result in call.results if moving else ():
+            setattr(result, _ORIGIN, self.units)
         if touched:
             rule = find_rule(func) or self.refuse(call, "has no rule")
             rule(self, call)
         return call.out
+
+    def begin(self, arguments: tuple[Any, ...]) -> None:
+        """The network is about to be given these."""
+        tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            setattr(tensor, _ORIGIN, self.units)
+        self._inputs = next((len(tensor) for tensor in tensors if tensor.ndim), 0)
+
+    def _is_from_input(self, tensor: Tensor) -> bool:
+        return getattr(tensor, _ORIGIN, None) is self.units
+
+    @property
+    def per_input(self) -> frozenset[str]:
+        """Modules that were always given as many values as there were inputs, made from these."""
+        return frozenset(name for name, always in self._is_per_input.items() if always)
+
+    def _note_inputs(self, name: str, given: Sequence[Any]) -> None:
+        value = given[0] if given and isinstance(given[0], Tensor) else None
+        one_each = (
+            value is not None
+            and value.ndim > 0
+            and len(value) == self._inputs
+            and self._is_from_input(value)
+        )
+        self._is_per_input[name] = one_each and self._is_per_input.get(name, True)
 
     def _is_touched(self, tensor: Tensor) -> bool:
         return self.is_marked(tensor) or self.weight(tensor) is not None
@@ -135,7 +178,7 @@ class Tracer(TorchDispatchMode):
         """Know which module runs, and note what the watched ones return."""
         handles = []
         for name, module in self._model.named_modules():
-            handles.append(module.register_forward_pre_hook(self._enter(name)))
+            handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
             handles.append(module.register_forward_hook(self._leave(name)))
         try:
             yield
@@ -144,7 +187,14 @@ class Tracer(TorchDispatchMode):
                 handle.remove()
 
     def _enter(self, name: str) -> Callable[..., None]:
-        return lambda module, arguments: self._path.append(name)
+        def enter(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self._path.append(name)
+            self._note_inputs(name, arguments)
+            if name and is_written(module) and name not in self._given:
+                self._given[name] = Given(arguments, named)
+                self.findings.watched[_given_to(name)] = self._output_labels((arguments, named))
+
+        return enter
 
     def _leave(self, name: str) -> Callable[..., None]:
         def leave(module: nn.Module, arguments: Any, output: Any) -> None:
@@ -157,6 +207,12 @@ class Tracer(TorchDispatchMode):
     def _output_labels(self, output: Any) -> list[tuple[Tensor | None, torch.Size]]:
         tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         return [(self._mark_of(tensor).labels, tensor.shape) for tensor in tensors]
+
+    def given(self, coupling: CouplingMap, arguments: tuple[Any, ...]) -> dict[str, Given]:
+        """What the network and its written modules were called with first."""
+        axes = {name: coupling.outputs[_given_to(name)] for name in self._given}
+        inner = {name: replace(given, axes=axes[name]) for name, given in self._given.items()}
+        return {"": Given(arguments), **inner}
 
     def fix_output(self, output: Any) -> None:
         """Units that reach the model's output must stay."""
@@ -264,6 +320,14 @@ class Tracer(TorchDispatchMode):
         for name, each in self.counts_heads(len(ids), size):
             self.findings.counts[self._path[-1], name] = ids.repeat_interleave(each)
 
+    def count_parts(self, ids: Tensor, size: int) -> None:
+        """The running module splits the channels ``ids`` into parts of so many."""
+        module = self._model.get_submodule(self._path[-1]) if self._path else self._model
+        for name in PARTS:
+            for counted in (ids, ids[:size]):
+                if vars(module).get(name) == len(counted):
+                    self.findings.counts[self._path[-1], name] = counted
+
     # -- labels of parameters ----------------------------------------------------------------
 
     def weight(self, tensor: Tensor) -> Weight | None:
@@ -323,3 +387,8 @@ class Tracer(TorchDispatchMode):
             f"tensor {name} is both a layer's weight and an elementwise operand in {self.path}: "
             "its channels cannot be followed; use two tensors"
         )
+
+
+def _given_to(path: str) -> str:
+    """Under which name the labels of a module's arguments are kept."""
+    return f"{path} (given)"

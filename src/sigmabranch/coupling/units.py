@@ -38,7 +38,10 @@ class Units:
         """Declare the ids at equal (broadcast) positions equal; id 0 is left alone."""
         a, b = torch.broadcast_tensors(self.find(a), self.find(b))
         differ = (a > 0) & (b > 0) & (a != b)
-        pairs = torch.unique(torch.stack([a[differ], b[differ]]), dim=1)
+        # Each pair as one number, because unique columns are found very slowly.
+        count = len(self._root)
+        pairs = torch.unique(a[differ] * count + b[differ])
+        pairs = torch.stack([pairs // count, pairs % count])
         while True:
             low, high = torch.aminmax(self.find(pairs), dim=0)
             if torch.equal(low, high):
@@ -81,3 +84,14 @@ def distinct(labels: Iterable[Tensor]) -> Tensor:
     flat = [label.reshape(-1) for label in labels]
     ids = torch.unique(torch.cat(flat)) if flat else torch.empty(0, dtype=torch.int64)
     return ids[ids > 0]
+
+
+def located(ids: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each id stands among ascending ``known`` ones, and whether it does.
+
+    Many times faster than ``torch.isin``.
+    """
+    if not len(known):
+        return torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    position = torch.searchsorted(known, ids.contiguous()).clamp(max=len(known) - 1)
+    return position, known[position] == ids

@@ -10,19 +10,21 @@ _ROWS = 12  # the first ones are the best by the rule
 
 def budget_table(plan: BudgetPlan) -> Table:
     """One row per tree that is as good as any other in one respect, the one that is taken first."""
-    best = [candidate for candidate in plan.candidates if candidate.best]
+    taken, *others = plan.candidates
+    shown = [taken, *(candidate for candidate in others if candidate.best)]
     dense = plan.budget.bytes(plan.dense_params)
     exact = "the masked dense network exactly"
     how = f"approximately ({'; '.join(plan.inexact)})" if plan.inexact else exact
     return Table(
         header=("cut at", "widths", "share", "active MB", "of dense", "stored MB", "MMACs"),
-        groups=(("", tuple(_row(candidate, plan) for candidate in best[:_ROWS])),),
+        groups=(("", tuple(_row(candidate, plan) for candidate in shown[:_ROWS])),),
         notes=(
             f"{len(plan.candidates)} trees meet {plan.budget.active_bytes / 1e6:.3f} MB a path at "
             f"{plan.budget.bits} bits; shown are those that no other beats in share, stored size "
             f"and MACs. Dense: {dense / 1e6:.3f} MB.",
-            "Taken is the first: its most reduced level keeps the largest share of its channels. "
-            f"It spends {plan.spent:.1%} of the budget and computes {how}.",
+            "Taken is the first: of those that spend the budget to 2 %, its most reduced level keeps "
+            f"the largest share of its channels. It spends {plan.spent:.1%} of the budget and "
+            f"computes {how}.",
         ),
     )
 
