@@ -22,9 +22,9 @@ def budget_table(plan: BudgetPlan) -> Table:
             f"{len(plan.candidates)} trees meet {plan.budget.active_bytes / 1e6:.3f} MB a path at "
             f"{plan.budget.bits} bits; shown are those that no other beats in share, stored size "
             f"and MACs. Dense: {dense / 1e6:.3f} MB.",
-            "Taken is the first: of those that spend the budget to 2 %, its most reduced level keeps "
-            f"the largest share of its channels. It spends {plan.spent:.1%} of the budget and "
-            f"computes {how}.",
+            "Taken is the first: of those that spend the budget to 2 %, its most reduced level "
+            f"keeps the largest share of its channels. It spends {plan.spent:.1%} of the budget "
+            f"and computes {how}.",
         ),
     )
 
