@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 import sigmabranch as sb
 from conftest import randomise
 from sigmabranch.backbones import ConvNeXtSpec, PointNet2Spec, ResNetSpec, ViTSpec, as_backbone
+from sigmabranch.backbones.timm import create_timm
 from sigmabranch.conversion import Budget, blueprint, plan_budget
 from sigmabranch.errors import ConfigError
 from sigmabranch.measure import count_parameters
@@ -345,3 +347,10 @@ def test_why_a_network_has_too_few_stages_is_said():
     with pytest.raises(ConfigError, match="several tensors are handed on at once") as caught:
         plan_budget(Paired().eval(), torch.randn(1, 3, 8, 8), "50%")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(find_spec("timm") is None, reason="needs timm")
+def test_heads_are_offered_only_where_there_are_any():
+    network = create_timm("cs3darknet_s", num_classes=5).eval()
+    plan = plan_budget(network, torch.zeros(1, 3, 64, 64), "60%")
+    assert all(candidate.tree.heads is None for candidate in plan.candidates)

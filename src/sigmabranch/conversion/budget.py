@@ -253,7 +253,7 @@ def _variants(tree: TreeSpec, coupling: CouplingMap) -> Iterator[TreeSpec]:
     """The tree as it is, and with attention heads cut where it leaves that open."""
     ones = (1.0,) * tree.depth
     yield replace(tree, widths=None, shares=None, heads=ones if tree.heads else None)
-    if tree.heads is None and coupling.counts:
+    if tree.heads is None and any(map(coupling.is_heads, coupling.spaces)):
         yield replace(tree, widths=None, shares=None, heads=ones)
 
 
