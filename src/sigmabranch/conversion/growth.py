@@ -31,13 +31,14 @@ from sigmabranch.conversion.calibrate import (
     stream,
 )
 from sigmabranch.conversion.choice import ChannelChoice
-from sigmabranch.conversion.cluster import spherical_kmeans
+from sigmabranch.conversion.partition import split_classes, split_latents
 from sigmabranch.conversion.record import ConversionRecord, ConversionSpec, NodeChannels, Split
 from sigmabranch.conversion.refit import NormFit, cut_norms, listening
 from sigmabranch.conversion.shards import Loader, Shards
+from sigmabranch.conversion.walk import Walk
 from sigmabranch.coupling import SlicePlan, fingerprint, trace
 from sigmabranch.errors import ConfigError, ConversionError, DataError
-from sigmabranch.net import SigmaBranchNet, split_trunk, take
+from sigmabranch.net import SigmaBranchNet
 from sigmabranch.routing import Router
 from sigmabranch.tree import NodeId, TreeSpec, node_key
 
@@ -64,7 +65,7 @@ class Growth:
         self.device, self.shards, self.progress = device, shards, progress
         self.levels = backbone.levels(tree.depth, tree.cuts)
         self.trunk = self.backbone.section(self.levels.trunk)
-        self.until, self.rest = split_trunk(self.trunk, tree.decide_after)
+        self.walk = Walk(tree, self.trunk)
         self.example, labels = next(stream(loader, 2, device))
         if spec.clusters == "classes" and not has_labels(labels):
             raise DataError(
@@ -83,8 +84,6 @@ class Growth:
             shares=self.choice.shares,
         )
         self._check_pool()
-        self.specializers: dict[NodeId, nn.Module] = {}
-        self.routers: dict[NodeId, Router] = {}
         self.heads: dict[NodeId, nn.Module] = {}
         self.plans: dict[NodeId, SlicePlan] = {(): self.cutter.plan([], self.levels.trunk)}
         self.verified = True  # false only for networks whose weights mean nothing
@@ -110,7 +109,7 @@ class Growth:
             return
         example = self.example if self.verified else None
         self.trunk, self.plans[()] = self.cutter.trunk(self.tree.trunk_share, example)
-        self.until, self.rest = split_trunk(self.trunk, self.tree.decide_after)
+        self.walk = Walk(self.tree, self.trunk)
         if not self.spec.norm_samples:
             return
 
@@ -145,14 +144,14 @@ class Growth:
                     self.tree,
                     branches=len(self.tree.children(node)),
                 )
-            self.routers[node] = router.eval().to(self.device)
+            self.walk.routers[node] = router.eval().to(self.device)
             if node in self.record.splits:
                 self._set_gate(node)
 
     def _router_channels(self, node: NodeId) -> int:
         if node and self.tree.decide_after is None:
             return len(self.record.nodes[node][-1].kept)
-        channels = self.backbone.pool(self.until(self.example)).shape[1]
+        channels = self.backbone.pool(self.walk.until(self.example)).shape[1]
         if not channels:
             raise ConfigError(
                 f"tree decide_after={self.tree.decide_after!r} leaves routers no channel to read: "
@@ -165,13 +164,13 @@ class Growth:
 
         The mean goes into the bias. Beyond as many axes as there are channels, rows stay random.
         """
-        moments = {node: Moments(self.routers[node].channels, self.device) for node in nodes}
+        moments = {node: Moments(self.walk.routers[node].channels, self.device) for node in nodes}
         for x, y in self.stream(f"principal axes of level {len(nodes[0])}", self.spec.samples):
-            for node, seen, _ in self._arrivals(x, y, len(nodes[0])):
+            for node, seen, _ in self.walk.arrivals(x, y, len(nodes[0])):
                 moments[node].add(self.backbone.pool(seen))
         for node in nodes:
             mean_C, axis_CC = moments[node].axes(self.shards, node_key(node))
-            linear = self.routers[node].linear
+            linear = self.walk.routers[node].linear
             kept = axis_CC[: len(linear.weight)].to(linear.weight)
             linear.weight[: len(kept)] = kept
             linear.bias[: len(kept)] = -kept @ mean_C.to(kept)
@@ -187,8 +186,8 @@ class Growth:
             for node in nodes:  # which not every batch reaches
                 latents[node].append(none_0D)
                 labels[node].append(y[:0])
-            for node, seen, rows in self._arrivals(x, y, len(nodes[0])):
-                latents[node][-1] = self.routers[node].latent(seen)
+            for node, seen, rows in self.walk.arrivals(x, y, len(nodes[0])):
+                latents[node][-1] = self.walk.routers[node].latent(seen)
                 labels[node][-1] = y[rows]
         self.record.samples = int(self.shards.sum(samples))
         for node in nodes:
@@ -196,7 +195,7 @@ class Growth:
             label_N = self.shards.gather(labels[node])
             self.record.splits[node] = self._agreed(self._split(node, latent_ND, label_N))
             if self.spec.projection == "pca":
-                linear = self.routers[node].linear
+                linear = self.walk.routers[node].linear
                 self.record.splits[node].projection_weight = linear.weight.tolist()
                 self.record.splits[node].projection_bias = linear.bias.tolist()
             self._set_gate(node)
@@ -211,45 +210,20 @@ class Growth:
         )
 
     def _split(self, node: NodeId, latent_ND: Tensor, label_N: Tensor) -> Split:
-        cluster = partial(
-            spherical_kmeans,
-            clusters=len(self.tree.children(node)),
-            restarts=self.spec.restarts,
-            centred=self.spec.centred,
-            seed=self._seed(node),
-        )
         if self.spec.clusters == "latents":
-            return Split.of(cluster(latent_ND, balanced=self.spec.balanced))
-        mean_VD, seen_V = self._class_means(latent_ND, label_N)
-        if int(seen_V.sum()) < 2:
-            raise ConversionError(
-                f"node {node_key(node)} holds one class only, so classes cannot split it: use a "
-                "smaller tree or clusters=latents"
-            )
-        clusters = cluster(mean_VD[seen_V], balanced=True)
-        class_branch_V = (mean_VD @ clusters.centroid.T + clusters.offset).argmax(1)
-        sizes = torch.bincount(class_branch_V[label_N], minlength=2)
-        return replace(
-            Split.of(clusters), sizes=sizes.tolist(), class_branch=class_branch_V.tolist()
-        )
-
-    def _class_means(self, latent_ND: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean latent per class, (V, D) float64, and which classes were seen, (V,) bool."""
-        classes = int(label_N.max()) + 1 if not self.record.splits else len(self._class_table())
-        size_V = torch.bincount(label_N, minlength=classes)
-        sum_VD = torch.zeros(classes, latent_ND.shape[1], dtype=torch.float64, device=self.device)
-        sum_VD.index_add_(0, label_N, latent_ND.double())
-        return sum_VD / size_V.clamp(min=1)[:, None], size_V > 0
-
-    def _class_table(self) -> list[int]:
-        table = self.record.splits[()].class_branch
-        assert table is not None
-        return table
+            branches = len(self.tree.children(node))
+            return split_latents(latent_ND, branches, self.spec, self._seed(node))
+        root = self.record.splits.get(())
+        known = len(root.class_branch or ()) if root else int(label_N.max()) + 1
+        return split_classes(latent_ND, label_N, known, self.spec, self._seed(node))
 
     def _set_gate(self, node: NodeId) -> None:
-        split, gate = self.record.splits[node], self.routers[node].gate
+        split, gate = self.record.splits[node], self.walk.routers[node].gate
+        if split.class_branch is not None:
+            table_V = torch.tensor(split.class_branch, device=self.device)
+            self.walk.class_branch_V[node] = table_V
         if split.projection_weight is not None:
-            linear = self.routers[node].linear
+            linear = self.walk.routers[node].linear
             linear.weight.copy_(torch.tensor(split.projection_weight))
             linear.bias.copy_(torch.tensor(split.projection_bias))
         gate.weight.copy_(torch.tensor(split.gate_weight))
@@ -287,8 +261,8 @@ class Growth:
         }
         for x, y in self.stream(f"activations below level {depth}", self.spec.samples):
             found = self.choice.activations(x, depth + 1, deepest)
-            for node, seen, rows in self._arrivals(x, y, depth):
-                branch_B = self._branch(node, seen, y[rows])
+            for node, seen, rows in self.walk.arrivals(x, y, depth):
+                branch_B = self.walk.branch(node, seen, y[rows])
                 for name, total in sums[node].items():
                     total.add(found[name][rows], branch_B)
         return {node: self._means(sums[node]) for node in nodes}
@@ -326,7 +300,7 @@ class Growth:
             for channels in self.record.nodes[child[:length]]
         ]
         section, head, plan = self.cut(lineage, self.tree.levels_of(child))
-        self.specializers[child], self.plans[child] = section, plan
+        self.walk.specializers[child], self.plans[child] = section, plan
         if child in self.tree.leaves:
             self.heads[child] = head
 
@@ -371,13 +345,13 @@ class Growth:
         def run() -> None:
             samples = min(self.spec.samples, self.spec.norm_samples * len(nodes))
             for x, y in self.stream(f"batch norms of level {depth}", samples):
-                for node, feature, rows in self._entries(self.until(x), y, depth):
+                for node, feature, rows in self.walk.entries(x, y, depth):
                     if len(rows) > 1:  # a batch norm cannot learn from one sample
-                        output = self.specializers[node](feature)
+                        output = self.walk.specializers[node](feature)
                         if node in self.heads:
                             self.heads[node](output)
 
-        modules = {node: [self.specializers[node]] for node in nodes}
+        modules = {node: [self.walk.specializers[node]] for node in nodes}
         for node in self.heads.keys() & modules.keys():
             modules[node].append(self.heads[node])
         reestimate_norms(chain.from_iterable(modules.values()), run, self.shards)
@@ -397,7 +371,7 @@ class Growth:
         if not paths or not most:
             return
         for x, y in self.stream(f"layer norms of level {depth}", min(self.spec.samples, most)):
-            rows = {node: rows for node, _, rows in self._entries(self.until(x), y, depth)}
+            rows = {node: rows for node, _, rows in self.walk.entries(x, y, depth)}
             with listening(self.backbone, paths, partial(_fit, fits, rows)):
                 self.backbone.model(x)
         for fit in chain.from_iterable(fits.values()):
@@ -407,7 +381,7 @@ class Growth:
         paths = [
             path for level in self.tree.levels_of(node) for path in self.levels.levels[level - 1]
         ]
-        found = cut_norms(self.backbone, paths, self.specializers[node], self.plans[node])
+        found = cut_norms(self.backbone, paths, self.walk.specializers[node], self.plans[node])
         if node in self.heads:
             head = self.backbone.head
             found += cut_norms(self.backbone, head, self.heads[node], self.plans[node])
@@ -418,66 +392,13 @@ class Growth:
         return SigmaBranchNet(
             tree=self.tree,
             trunk=self.trunk,
-            specializers=self.specializers,
-            routers=self.routers,
+            specializers=self.walk.specializers,
+            routers=self.walk.routers,
             heads=self.heads,
             plans=self.plans,
             source=self.backbone.source,
             record=self.record.to_dict(),
         ).eval()
-
-    # Walking the tree built so far.
-
-    def _entries(self, early: Any, y: Tensor, depth: int) -> Iterator[tuple[NodeId, Any, Tensor]]:
-        """Which samples reach which node at ``depth``: (node, its input, rows of the batch).
-
-        The root's input is ``early``, the batch behind the first part of the trunk.
-        """
-        root: NodeId = ()
-        rows_B = torch.arange(len(y), device=y.device)
-        frontier = [(root, take(early, rows_B), rows_B)]  # a copy: the trunk may work in place
-        for _ in range(depth):
-            frontier = [
-                entry
-                for node, feature, rows in frontier
-                if node in self.tree.inner
-                for entry in self._sent_on(node, feature, early, y, rows)
-            ]
-        yield from frontier
-
-    def _arrivals(self, x: Tensor, y: Tensor, depth: int) -> Iterator[tuple[NodeId, Any, Tensor]]:
-        """Which samples reach which inner node at ``depth``: (node, what it decides by, rows)."""
-        early = self.until(x)
-        for node, feature, rows in self._entries(early, y, depth):
-            if node in self.tree.inner:
-                yield node, self._read(self._run(node, feature), early, rows), rows
-
-    def _sent_on(
-        self, node: NodeId, feature: Any, early: Any, y: Tensor, rows: Tensor
-    ) -> Iterator[tuple[NodeId, Any, Tensor]]:
-        feature = self._run(node, feature)
-        branch_B = self._branch(node, self._read(feature, early, rows), y[rows])
-        for child in self.tree.children(node):
-            chosen = (branch_B == child[-1]).nonzero().flatten()
-            if len(chosen):
-                yield child, take(feature, chosen), rows[chosen]
-
-    def _run(self, node: NodeId, feature: Any) -> Any:
-        return (self.specializers[node] if node else self.rest)(feature)
-
-    def _read(self, output: Any, early: Any, rows: Tensor) -> Any:
-        """What a node's router reads: the node's output, or the early feature of its samples."""
-        return output if self.tree.decide_after is None else take(early, rows)
-
-    def _branch(self, node: NodeId, seen: Any, label_B: Tensor) -> Tensor:
-        """The branch each sample belongs to: by its class where classes were clustered."""
-        class_branch = self.record.splits[node].class_branch
-        if class_branch is None:
-            return self.routers[node](seen).argmax(-1)
-        table_V = torch.tensor(class_branch, device=self.device)
-        if int(label_B.max()) >= len(table_V):
-            raise DataError(f"label {int(label_B.max())} was not among the calibration classes")
-        return table_V[label_B]
 
     def stream(self, what: str, samples: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's part of the calibration data, with its progress told."""
