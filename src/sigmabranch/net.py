@@ -6,7 +6,7 @@ Shapes: B batch, L leaves, V classes, I inner nodes, K branches per inner node.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple, TypeAlias
 
@@ -290,10 +290,7 @@ class SigmaBranchNet(nn.Module):
 
     def node_log_prob(self, log_prob_BL: Tensor) -> dict[str, Tensor]:
         """log probability that a sample passes each node: (B,) per node key."""
-        return {
-            node_key(node): log_prob_BL[:, self.tree.leaves_under(node)].logsumexp(dim=1)
-            for node in self.nodes
-        }
+        return below(self.tree, self.nodes, log_prob_BL)
 
 
 class Path(nn.Module):
@@ -345,6 +342,13 @@ def split_trunk(trunk: nn.Module, after: str | None) -> tuple[nn.Module, nn.Sequ
         )
     parts, stop = list(chain.items()), list(chain).index(name) + 1
     return nn.Sequential(OrderedDict(parts[:stop])), nn.Sequential(OrderedDict(parts[stop:]))
+
+
+def below(tree: TreeSpec, nodes: Iterable[NodeId], log_prob_BL: Tensor) -> dict[str, Tensor]:
+    """log P that a sample ends at some leaf below each of the nodes: (B,) per node key."""
+    return {
+        node_key(node): log_prob_BL[:, tree.leaves_under(node)].logsumexp(dim=1) for node in nodes
+    }
 
 
 def by_node(modules: Mapping[NodeId, nn.Module]) -> nn.ModuleDict:

@@ -52,6 +52,7 @@ COMPARE = [
 ]
 BAD = {
     "unknown row": (["compare", "digits-resnet", "--rows", "fpgn"], "unknown peer 'fpgn'.*fpgm"),
+    "no row": (["compare", "digits-resnet", "--rows", ","], "names no row"),
     "unknown task": (["compare", "digits"], "unknown task 'digits'"),
     "same seed twice": (["compare", "digits-resnet", "--seeds", "1,1"], "different whole numbers"),
     "unknown setting of a row": (

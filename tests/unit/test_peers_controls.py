@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 import sigmabranch as sb
 from sigmabranch import files
 from sigmabranch.errors import CheckpointError, ConfigError
-from sigmabranch.measure import cost, evaluate
+from sigmabranch.measure import cost, evaluate, latency
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.peers import (
     CONTROLS,
@@ -232,11 +233,44 @@ def test_an_ablation_changes_the_method_and_nothing_that_is_shared():
     for name in ("digits-resnet", "cifar100-small"):
         task = find_task(name)
         for row in GROUPS["ablations"].values():
-            changed = row.changed({"active_share": None}).task(task)  # solving takes seconds
+            # Solving for widths takes seconds.
+            changed = row.changed({"active_share": None, "same_size": False}).task(task)
             assert changed.dense == task.dense
             assert changed.finetune.epochs == task.finetune.epochs
     with pytest.raises(ConfigError, match="share data and source network"):
         find_system("sigma-branch", {"settings": ["dense.epochs=9"]}).check(task)
+
+
+def test_an_ablation_that_changes_nothing_is_left_out(task):
+    rows, skipped = find_rows(task, ["ablations"], {})
+    alike = {"centred", "node-scale", "sharp"}
+    assert alike <= skipped.keys()
+    assert not alike & rows.keys()
+    assert all("digits-resnet is set like that already" in skipped[name] for name in alike)
+    with pytest.raises(ConfigError, match="sigma-branch again"):
+        find_rows(task, ["sharp"], {})
+    SYSTEMS["sigma-branch"]().check(task)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_tree_of_another_depth_has_as_large_a_path(depth):
+    task, row = find_task("digits-resnet"), find_system(f"depth-{depth}")
+    changed = row.task(task)
+    assert changed.tree.depth == depth
+    active = [count_task(each)["net"]["active_params"] for each in (task, changed)]
+    assert active[1] == pytest.approx(active[0], rel=0.05)
+    with pytest.raises(ConfigError, match="set one"):
+        row.changed({"active_share": 0.5})
+
+
+def test_settings_leave_a_peer_its_size_unless_they_are_about_it():
+    task = find_task("cifar100-small")
+    sized, _ = find_rows(task, ["hrank", "l1"], {})
+    rows, _ = find_rows(task, ["hrank", "l1"], {"hrank": {"samples": 7}, "l1": {"rate": 0.2}})
+    assert rows["hrank"] == sized["hrank"].changed({"samples": 7})
+    assert rows["l1"].rate == 0.2 != sized["l1"].rate
+    published, _ = find_rows(task, ["hrank"], {"hrank": {"rates": 62}})
+    assert published["hrank"].rate is None
 
 
 # -- the bench -----------------------------------------------------------------------------------
@@ -300,6 +334,49 @@ def test_a_failed_row_loses_no_other_and_nothing_is_made_twice(task, tmp_path, m
     assert again["failed"] == []
 
 
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        ([], "no result of compare"),
+        ({"schema": 1, "task": {}, "rows": {}}, "no result of compare"),
+        ({"schema": 7, "task": {}, "source": {}, "rows": {}}, "schema 7"),
+        ({"schema": 1, "task": {}, "source": {}, "rows": {}}, "another task"),
+    ],
+)
+def test_what_cannot_be_included_is_refused_before_any_work(task, tmp_path, known, said):
+    asked = comparison(task, tmp_path, {"single-path": find_system("single-path")})
+    asked.known = [known]
+    with pytest.raises(CheckpointError, match=said):
+        asked.run()
+    assert not (tmp_path / "source").exists()
+
+
+def test_the_table_names_the_seed_of_the_source_network(task, tmp_path):
+    made = Chain(task, tmp_path / "made", seed=3, branching=False)
+    made.dense()
+    asked = comparison(task, tmp_path / "out", {}, seeds=(5,))
+    chain = asked.chain
+    asked.chain = lambda place, seed, start: chain(
+        place, seed, start or {"dense": made.folder / "dense"}
+    )
+    assert asked.run()["source"]["seed"] == 3
+
+
+def test_a_network_is_timed_on_one_input_after_the_other():
+    seen = []
+
+    class Seeing(nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return x
+
+    inputs = torch.arange(3.0)[:, None]
+    found = latency(Seeing(), nn.Identity(), inputs)
+    assert all(x.shape == (1, 1) for x in seen)
+    assert {float(x) for x in seen} == {0.0, 1.0, 2.0}
+    assert found["ratio"] == pytest.approx(found["ms"] / found["reference_ms"])
+
+
 def test_a_comparison_without_time_stops_and_goes_on(task, tmp_path):
     rows = {"single-path": find_system("single-path")}
     with pytest.raises(Stopped):
@@ -316,6 +393,38 @@ def test_a_row_of_other_settings_needs_another_folder(task, tmp_path):
     with pytest.raises(CheckpointError, match="other settings"):
         comparison(task, tmp_path, {"single-path": find_system("single-path")}).run()
     assert not (tmp_path / "source").exists()
+
+
+@pytest.mark.parametrize("name", ["flat-routing", "hash-routing"])
+def test_rerouted_trees_are_taught_as_the_tree_is(task, tmp_path, name):
+    settings = ("finetune.distill_weight=0.5", "finetune.class_target=true",
+                "finetune.resp_prior=false", "conversion.clusters=classes")  # fmt: skip
+    taught = task.with_settings(settings)
+    found = comparison(taught, tmp_path, {name: find_system(name)}, seeds=(0,)).run()
+    assert found["failed"] == []
+    assert found["rows"][name]["0"]["epochs"] == 2
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_flat_router_is_aimed_where_the_tree_sends_inputs(dense, batches, centred):
+    spec = sb.ConversionSpec(centred=centred, restarts=2)
+    net = sb.convert(dense, batches, sb.TreeSpec(projection_dim=32), spec=spec)
+    torch.manual_seed(0)
+    flat = FlatNet(net).eval()
+    bench = SimpleNamespace(
+        task=SimpleNamespace(conversion=spec),
+        device=torch.device("cpu"),
+        calibration=lambda: SimpleNamespace(part=lambda *_: batches),
+    )
+    flat.aim(net, bench)
+    with torch.no_grad():
+        alike = [float((flat.hard(x).leaf == net.hard(x).leaf).float().mean()) for x, _ in batches]
+        latent_ND = torch.cat([flat.router(()).latent(flat.trunk(x)) for x, _ in batches])
+        gate = flat.router(()).gate
+        mean_score = gate(latent_ND.mean(0))
+    assert sum(alike) / len(alike) > 0.7
+    if centred:  # a common direction of all latents favours no leaf
+        torch.testing.assert_close(mean_score, torch.zeros_like(mean_score), atol=1e-5, rtol=0)
 
 
 def test_evaluation_follows_a_flat_nets_own_choice(net, batches):

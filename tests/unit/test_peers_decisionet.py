@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import replace
 
@@ -21,7 +22,8 @@ from sigmabranch.peers.decisionet import DecisioNet, DecisionObjective
 from sigmabranch.peers.label_tree import EITHER, LEFT, OFF_ITS_WAY, RIGHT, class_codes, confusions
 from sigmabranch.tasks import Chain, Stopped, find_task
 from sigmabranch.tasks.counting import example
-from sigmabranch.training import Recipe
+from sigmabranch.training import FinetuneRecipe, Recipe
+from sigmabranch.training.optim import NodeScale
 from sigmabranch.tree import TreeSpec
 
 pytest.importorskip("scipy")
@@ -73,6 +75,24 @@ def grouped(*groups: list[list[int]]) -> torch.Tensor:
             matrix[torch.tensor(pair)[:, None], torch.tensor(pair)] = 0.1
     matrix.fill_diagonal_(0)
     return matrix + torch.diag(1 - matrix.sum(1))
+
+
+def test_a_gradient_is_scaled_as_the_trees_is(lopsided, images):
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    scaled = FinetuneRecipe(node_grad_scale=True)
+    for recipe, given in ((scaled, True), (FinetuneRecipe(), False), (Recipe(), False)):
+        torch.manual_seed(0)
+        network = copy.deepcopy(lopsided).train()
+        output = DecisionObjective(recipe, 1.0)(network.gated, images, labels, 0.0)
+        assert (output.leaf_prob is not None) == given
+        if given:
+            assert float(output.leaf_prob.sum()) == pytest.approx(1.0)
+            output.loss.backward()
+            NodeScale(network, len(LOPSIDED.leaves), images.device)(output.leaf_prob)
+    owned = [p for parameters in network.node_parameters().values() for p in parameters]
+    rest = [*network.trunk.parameters(), *network.nodes["root"].parameters()]
+    assert {id(p) for p in [*owned, *rest]} == {id(p) for p in network.parameters()}
+    assert len(owned) + len(rest) == len(list(network.parameters()))
 
 
 # -- the tree of classes -------------------------------------------------------------------------
@@ -228,7 +248,7 @@ def test_gates_are_taught_the_code_where_their_class_comes():
     logits = torch.zeros(2, 2)
     y = torch.tensor([0, 1])
     made = DecisionObjective(Recipe(label_smoothing=0.0), 2.0)(
-        Answer(Gated(logits, gates, codes)), torch.zeros(2, 1), y, 0.0
+        Answer(Gated(logits, gates, torch.ones(2, 4), codes)), torch.zeros(2, 1), y, 0.0
     )
     expected = (0.2**2 + 0.6**2 + 0.3**2 + 0.4**2) / 4
     assert made.metrics["code"].item() == pytest.approx(expected)
@@ -241,7 +261,7 @@ def test_gates_are_taught_the_code_where_their_class_comes():
 
 def test_labels_without_a_class_are_refused():
     codes = torch.zeros(2, 1)
-    answer = Answer(Gated(torch.zeros(1, 2), torch.zeros(1, 1), codes))
+    answer = Answer(Gated(torch.zeros(1, 2), torch.zeros(1, 1), torch.ones(1, 2), codes))
     objective = DecisionObjective(Recipe(), 1.0)
     with pytest.raises(DataError, match="the network has 2"):
         objective(answer, torch.zeros(1, 1), torch.tensor([2]), 0.0)

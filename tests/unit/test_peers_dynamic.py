@@ -315,14 +315,40 @@ def test_reading_has_a_price_by_the_parameter_that_rises_above_the_target_and_fa
     assert {"price", "handicap"} <= network.state_dict().keys()
 
 
+def test_the_penalty_is_a_mean_over_gates(dense, batches, task):
+    x, y = batches[0]
+    network, logits = skipping(dense).train(), torch.zeros(len(y), CLASSES)
+    open_BG = torch.rand(len(y), len(network.block_params_G))
+    losses = []
+    for weight in (0.0, 1.0):
+        system = SkipNet(mode="rate", target=0.25, rate_weight=weight)
+        objective = RateObjective(task.finetune, None, system, network)
+        network.price.zero_()
+        losses.append(objective(lambda _: Gated(logits, open_BG, open_BG), x, y, 0.0).loss)
+    away = (open_BG.mean(0) - 0.25).square().mean()
+    torch.testing.assert_close(losses[1] - losses[0], away)
+
+
+def test_a_size_is_met_by_a_price_and_no_gate_has_a_rate_of_its_own():
+    task = find_task("cifar100-small")
+    system = SkipNet().fitted(task, 229_836)
+    assert (system.mode, system.rate_weight) == ("rate", 0.0)
+    limits = system.sketch(task).bounds()
+    least, most = (limits[end]["active_params"] for end in ("least", "most"))
+    assert least + system.target * (most - least) == pytest.approx(229_836, abs=1)
+
+
 # -- DeepMoE -------------------------------------------------------------------------------------
 
 
-def test_gates_start_at_about_one(dense, images):
-    torch.manual_seed(0)
-    network = ExpertResNet(copy.deepcopy(dense), torch.zeros(1, 1, 8, 8)).train()
-    gate_BU = network.gated(images).gate_logits
-    assert gate_BU.mean().item() == pytest.approx(1.0, abs=0.15)
+@pytest.mark.parametrize("variant", ["A", "B"])
+def test_training_begins_at_the_source_network(dense, images, variant):
+    network = ExpertResNet(copy.deepcopy(dense), torch.zeros(1, 1, 8, 8), variant).eval()
+    network.classify_embedding(CLASSES)
+    chosen = network.gated(images)
+    torch.testing.assert_close(chosen.logits, dense(images), rtol=1e-5, atol=1e-5)
+    chosen.logits.square().sum().backward()
+    assert (network.heads.weight.grad.abs().sum(1) > 0).float().mean() > 0.5  # gates can move
 
 
 def test_a_load_is_what_the_open_channels_read(dense, images):

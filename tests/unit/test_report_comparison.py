@@ -75,7 +75,7 @@ def routed(seed: int) -> dict:
 
 
 def made() -> dict:
-    """Nine rows, two of them dynamic, one marked, one failed in every and one in one seed."""
+    """Nine rows, two of them dynamic, one marked, one failed, one to come, one without a seed."""
     plain = {"name": "sigma-branch", "settings": []}
     random = {"name": "sigma-branch", "settings": ["conversion.channels=random"]}
     oracle = {"name": "rerouted", "rule": "oracle"}
@@ -104,6 +104,7 @@ def made() -> dict:
         ],
         "untrained": [row(10, system={"name": "ffn-moe"}, recipe=None) for _ in SEEDS],
         "broken": [],
+        "later": [],
     }  # fmt: skip
     return {
         "schema": 1,
@@ -203,6 +204,7 @@ def test_footnotes_say_how_a_row_departs(found):
 def test_the_notes_name_seeds_failures_and_the_one_convention(found):
     notes = comparison_table(found).notes
     assert notes[-1] == "How it was counted."
+    assert "Not made yet: later." in notes
     assert "Failed: broken, seed 0: no <gates>." in notes
     assert "Left out: regnety: no <timm>." in notes
     assert any("seeds 0, 1, 2" in note for note in notes)

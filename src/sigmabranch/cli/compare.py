@@ -66,6 +66,8 @@ def command(
     chosen, own = _settings(find_task(task), settings or ())
     numbers = _seeds(seeds)
     names = [name for part in rows.split(",") if (name := part.strip())]
+    if not names:
+        raise ConfigError("--rows names no row: give rows, systems or groups, comma-separated")
     systems, skipped = find_rows(chosen, names, own)
     folder = out or Path("runs") / f"compare-{chosen.name}"
     deadline = options.Deadline(max_minutes)

@@ -16,7 +16,7 @@ from sigmabranch.coupling import evaluating
 WARMUP, ROUNDS = 5, 40
 
 
-def latency(model: nn.Module, reference: nn.Module, example: Tensor) -> dict[str, float]:
+def latency(model: nn.Module, reference: nn.Module, inputs: Tensor) -> dict[str, float]:
     """Median time of a forward pass at batch 1 on one thread of the CPU, the networks taking turns.
 
     Weights are in memory: this is the time of arithmetic and overhead, not of streaming.
@@ -24,7 +24,7 @@ def latency(model: nn.Module, reference: nn.Module, example: Tensor) -> dict[str
     Args:
         model: what is timed, on the CPU.
         reference: what it is timed against, on the CPU.
-        example: one input, (1, ...).
+        inputs: (N, ...), one for each turn, round and round.
 
     Returns:
         ``ms``, ``reference_ms`` and their ``ratio``, medians of :data:`ROUNDS` turns.
@@ -33,9 +33,10 @@ def latency(model: nn.Module, reference: nn.Module, example: Tensor) -> dict[str
     runs: dict[str, Callable[[Tensor], Any]] = {"ms": model, "reference_ms": reference}
     with _one_thread(), torch.no_grad(), evaluating(model, reference):
         for turn in range(WARMUP + ROUNDS):
+            x = inputs[turn % len(inputs)][None]
             for name, run in runs.items():
                 began = time.perf_counter()
-                run(example)
+                run(x)
                 if turn >= WARMUP:
                     times[name].append(1e3 * (time.perf_counter() - began))
     medians = {name: statistics.median(values) for name, values in times.items()}

@@ -10,8 +10,9 @@ from torch import nn
 
 from sigmabranch.backbones import as_backbone
 from sigmabranch.errors import ConfigError
+from sigmabranch.measure import count_parameters
 from sigmabranch.peers.bench import Bench
-from sigmabranch.peers.sizing import tree_of_share
+from sigmabranch.peers.sizing import active_params, tree_of_share
 from sigmabranch.peers.system import System, Trained
 from sigmabranch.tasks import Task
 from sigmabranch.tasks.counting import sketch
@@ -35,6 +36,7 @@ class SigmaBranch(System):
             tree's levels are solved for it. None leaves them as they are.
         trunk_left: modules of the trunk that are still to run when all routers have decided, which
             sets ``tree.decide_after`` whatever the network calls them. None leaves it as it is.
+        same_size: solve the widths for as large a path as without the settings.
     """
 
     name: ClassVar[str] = "sigma-branch"
@@ -43,12 +45,15 @@ class SigmaBranch(System):
     settings: tuple[str, ...] = ()
     active_share: float | None = None
     trunk_left: int | None = None
+    same_size: bool = False
 
     def __post_init__(self) -> None:
         if self.active_share is not None and not 0 < self.active_share < 1:
             raise ConfigError(f"active_share must be between 0 and 1, got {self.active_share}")
         if self.trunk_left is not None and self.trunk_left < 0:
             raise ConfigError(f"trunk_left must be at least 0, got {self.trunk_left}")
+        if self.same_size and self.active_share is not None:
+            raise ConfigError("same_size and active_share both say how large a path is: set one")
 
     def task(self, task: Task) -> Task:
         """``task`` with this row's settings.
@@ -62,6 +67,9 @@ class SigmaBranch(System):
             changed = replace(changed, tree=_decided_before(changed, self.trunk_left))
         if self.active_share is not None:
             changed = replace(changed, tree=tree_of_share(changed, self.active_share))
+        if self.same_size:
+            share = active_params(task) / count_parameters([task.model.build()])
+            changed = replace(changed, tree=tree_of_share(changed, share))
         if (changed.data, changed.model, changed.dense) != (task.data, task.model, task.dense):
             raise ConfigError(
                 "sigma-branch settings may change tree, conversion and finetune only: all rows "
@@ -70,7 +78,12 @@ class SigmaBranch(System):
         return changed
 
     def check(self, task: Task) -> None:
-        """The tree must fit the network."""
+        """The tree must fit the network, and the settings change something."""
+        if self != type(self)() and self.task(task) == task:
+            raise ConfigError(
+                f"{task.name} is set like that already, so the row would be sigma-branch again: "
+                "leave it out"
+            )
         sketch(self.task(task))
 
     def sketch(self, task: Task) -> nn.Module:

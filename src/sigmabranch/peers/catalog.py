@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sigmabranch.errors import ConfigError, MissingDependency
+from sigmabranch.errors import ConfigError, ConversionError, MissingDependency
 from sigmabranch.peers.branched import SigmaBranch
 from sigmabranch.peers.controls import DenseContinued, DenseEqual, SinglePath
 from sigmabranch.peers.decisionet import DecisioNet
@@ -114,8 +114,10 @@ ABLATIONS: Mapping[str, System] = {
         "finetune.resp_weight=1",
     ),
     "distilled": _changed("finetune.distill_weight=0.5"),
-    "depth-1": _changed("tree.depth=1"),
-    "depth-3": _changed("tree.depth=3"),
+    **{
+        f"depth-{depth}": SigmaBranch(settings=(f"tree.depth={depth}",), same_size=True)
+        for depth in (1, 3)
+    },
     "slim-trunk-50": _changed("tree.trunk_share=0.5"),
     "slim-trunk-75": _changed("tree.trunk_share=0.75"),
     "early-trunk": SigmaBranch(trunk_left=0),
@@ -193,7 +195,7 @@ def find_rows(
     Args:
         task: what they are compared on.
         names: rows, systems or groups; the same row twice counts once.
-        settings: row → field → value; a row with settings keeps the size that they give it.
+        settings: row → field → value; a row keeps its size unless they say something of it.
 
     Returns:
         The rows; and those members of groups that are impossible for the task, with the reason.
@@ -212,7 +214,7 @@ def find_rows(
     for name, row in rows.items():
         try:
             possible[name] = _made_for(task, name, row, settings.get(name, {}))
-        except (ConfigError, MissingDependency) as error:
+        except (ConfigError, ConversionError, MissingDependency) as error:
             if name in names or name in settings:
                 raise
             skipped[name] = str(error)
@@ -223,7 +225,8 @@ def _made_for(task: Task, name: str, row: System, settings: Mapping[str, Any]) -
     if settings:
         row = row.changed(settings)
     row.check(task)
-    size = _path_size(task) if name in PEERS and not settings else None
+    sized = name in PEERS and not settings.keys() & set(row.sized_by)
+    size = _path_size(task) if sized else None
     return row if size is None else row.fitted(task, size)
 
 
@@ -231,7 +234,7 @@ def _path_size(task: Task) -> int | None:
     """Active parameters of the task's tree; None if its network cannot have one."""
     try:
         return active_params(task)
-    except ConfigError:
+    except (ConfigError, ConversionError):
         return None
 
 

@@ -29,6 +29,7 @@ from sigmabranch.tasks.task import first_difference
 
 ROW = "row.json"
 SCHEMA = 1
+_KEYS = {"schema", "task", "source", "rows"}
 
 
 @dataclass(kw_only=True)
@@ -77,6 +78,7 @@ class Comparison:
             Stopped: the time is up; the next call continues.
         """
         self._check_folder()
+        self._check_known()
         if not make:
             read_manifest(self.folder / "source" / "dense", "dense")  # refuses where there is none
         source = self.chain(self.folder / "source", self.seeds[0], {})
@@ -96,13 +98,26 @@ class Comparison:
             for name, system in self.rows.items():
                 read_row(self.folder / f"seed{seed}", name, system)
 
-    def _take_over(self, source: Chain) -> None:
-        """Put the known rows where this comparison would have made them."""
-        task, weights = self.task.to_dict(), source_digest(source)
+    def _check_known(self) -> None:
+        """Refuse a known result that is none, or of another task, before any work."""
         for result in self.known:
-            difference = first_difference(result["task"], task)
+            if not isinstance(result, Mapping) or not result.keys() >= _KEYS:
+                raise CheckpointError(
+                    "an included file is no result of compare: give what its --result wrote"
+                )
+            if result["schema"] != SCHEMA:
+                raise CheckpointError(
+                    f"an included result has schema {result['schema']}, this version reads "
+                    f"{SCHEMA}: make it again"
+                )
+            difference = first_difference(result["task"], self.task.to_dict())
             if difference:
                 raise CheckpointError(f"an included result is of another task: {difference}")
+
+    def _take_over(self, source: Chain) -> None:
+        """Put the known rows where this comparison would have made them."""
+        weights = source_digest(source)
+        for result in self.known:
             if result["source"]["sha256"] != weights:
                 raise CheckpointError(
                     "an included result starts from another source network: give that one with "
@@ -139,7 +154,7 @@ class Comparison:
             "task": self.task.to_dict(),
             "provenance": provenance(source.engine.device),
             "source": {
-                "seed": source.seed,
+                "seed": _manifest(source)["notes"]["seed"],
                 "sha256": source_digest(source),
                 "accuracy": self._source_accuracy(source),
             },
@@ -175,7 +190,11 @@ class Comparison:
 
 def source_digest(source: Chain) -> str:
     """SHA-256 of the source network's weights."""
-    return read_manifest(source.folder / "dense", "dense")["files"][WEIGHTS]["sha256"]
+    return _manifest(source)["files"][WEIGHTS]["sha256"]
+
+
+def _manifest(source: Chain) -> dict[str, Any]:
+    return read_manifest(source.folder / "dense", "dense")
 
 
 def check_rows(rows: Iterable[System], task: Task) -> None:

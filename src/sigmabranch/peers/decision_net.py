@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from sigmabranch.errors import DataError
 from sigmabranch.measure import Load, module_costs
-from sigmabranch.net import by_node, take
+from sigmabranch.net import below, by_node, take
 from sigmabranch.tree import NodeId, TreeSpec, node_key
 
 # The authors' constants: the stretch of the sigmoid, so that soft gates reach 0 and 1, and how
@@ -66,11 +66,13 @@ class Gated(NamedTuple):
     Attributes:
         logits: (B, V) float32, mixed over the leaves.
         gates: (B, I) float32, the share that each inner node sends right.
+        arrived: (B, L) float32, the share that each leaf is mixed with.
         codes: (V, I), see :func:`~sigmabranch.peers.label_tree.class_codes`.
     """
 
     logits: Tensor
     gates: Tensor
+    arrived: Tensor
     codes: Tensor
 
 
@@ -162,7 +164,8 @@ class DecisionNet(nn.Module):
             arrived[leaf][:, None] * self.heads[node_key(leaf)](features[leaf]).float()
             for leaf in self.tree.leaves
         ]
-        return Gated(torch.stack(mixed).sum(0), torch.stack(gates, dim=1), self.codes)
+        arrived_BL = torch.stack([arrived[leaf] for leaf in self.tree.leaves], dim=1)
+        return Gated(torch.stack(mixed).sum(0), torch.stack(gates, dim=1), arrived_BL, self.codes)
 
     def hard(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, V) logits and (B,) int64 leaf of the one path that each input takes.
@@ -200,6 +203,19 @@ class DecisionNet(nn.Module):
         logits_BV, leaf_B = self.hard(x)
         choice_BL = F.one_hot(leaf_B, len(self.tree.leaves)).bool()
         return logits_BV, Load(self.params_L[leaf_B], self.macs_L[leaf_B], choice_BL)
+
+    def node_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters per node key, all but the trunk's and the root's decision."""
+        parts = (self.specializers, self.nodes, self.heads)
+        keys = [node_key(node) for node in self.tree.specializers]
+        return {
+            key: [p for part in parts if key in part for p in part[key].parameters()]
+            for key in keys
+        }
+
+    def node_log_prob(self, log_prob_BL: Tensor) -> dict[str, Tensor]:
+        """log probability that a sample passes each node but the root: (B,) per node key."""
+        return below(self.tree, self.tree.specializers, log_prob_BL)
 
     def bounds(self) -> dict[str, dict[str, int]]:
         """Parameters and MACs of the cheapest and of the dearest path, each by itself."""

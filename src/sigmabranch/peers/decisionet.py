@@ -34,7 +34,7 @@ from sigmabranch.peers.label_tree import LEFT, OFF_ITS_WAY, class_codes, confusi
 from sigmabranch.peers.system import System, Trained, check_choices, share
 from sigmabranch.tasks import Task
 from sigmabranch.tasks.counting import example, sketch
-from sigmabranch.training import DenseObjective, Recipe, StepOutput
+from sigmabranch.training import DenseObjective, FinetuneRecipe, Recipe, StepOutput
 from sigmabranch.tree import TreeSpec
 
 # How finely the width is solved for.
@@ -60,7 +60,7 @@ class DecisionObjective(DenseObjective):
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> StepOutput:
         """Loss, the distance from the codes, and how many gates are on their class's side."""
-        logits_BV, gate_BI, code_VI = model(x)
+        logits_BV, gate_BI, arrived_BL, code_VI = model(x)
         loss, metrics, _ = self.classified(logits_BV, x, y)
         code_BI = code_VI[y]
         on_way_BI = (code_BI != OFF_ITS_WAY).float()
@@ -68,7 +68,9 @@ class DecisionObjective(DenseObjective):
         code_loss = ((gate_BI - code_BI).square() * on_way_BI).sum() / count
         hit_BI = ((gate_BI.detach() - code_BI).abs() <= 0.5).float() * on_way_BI
         metrics |= {"code": code_loss.detach(), "train_side": 100 * hit_BI.sum() / count}
-        return StepOutput(loss + self.code_weight * code_loss, metrics)
+        scaled = isinstance(self.recipe, FinetuneRecipe) and self.recipe.node_grad_scale
+        leaf_prob_L = arrived_BL.detach().mean(0) if scaled else None
+        return StepOutput(loss + self.code_weight * code_loss, metrics, leaf_prob_L)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,7 @@ class DecisioNet(System):
 
     name: ClassVar[str] = "decisionet"
     summary: ClassVar[str] = "a tree over confused classes with supervised routers"
+    sized_by: ClassVar[tuple[str, ...]] = ("width", "depth")
 
     topology: Literal["own", "tree"] = "own"
     start: Literal["scratch", "source"] = "scratch"

@@ -1,7 +1,8 @@
 """A ResNet whose inner channels are experts: each input reads and computes its own.
 
-A shallow network embeds the input; a linear map and a ReLU make of the embedding one gate for each
-channel of each gated convolution. A channel whose gate is 0 need be neither read nor computed.
+A shallow network embeds the input; a linear map, plus one, and a ReLU make of the embedding one
+gate for each channel of each gated convolution. A channel whose gate is 0 need be neither read nor
+computed.
 
 Shapes: B batch, D embedding, L gated convolutions, U gates of all of them, V classes; a last 2 is
 (parameters, MACs).
@@ -9,7 +10,6 @@ Shapes: B batch, D embedding, L gated convolutions, U gates of all of them, V cl
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import NamedTuple, Self, cast
 
@@ -27,10 +27,8 @@ _SMALL, _LARGE = (32, 64, 128, 128), (32, 64, 128, 192, 128)
 _SMALL_SIDE = 64
 # Below this size of the dense network they are divided by this, or the embedding would outweigh it.
 _LIGHT_PARAMS, _LIGHT_DIVISOR = 2_000_000, 8
-# Mean of a rectified standard normal variable, which is what normalised features start as.
-_RECTIFIED = 1 / math.sqrt(2 * math.pi)
-# How far the gates of one input differ at the start, about 1.
-_SPREAD = 0.1
+# What a gate is where the map is zero, as it is at the start: so training begins at the network.
+_OPEN = 1.0
 
 
 class Chosen(NamedTuple):
@@ -76,10 +74,8 @@ class ExpertResNet(SkippingNet):
         self.blocks = nn.ModuleList(ExpertBlock(block, variant) for block in blocks)
         self.widths = [width for block in self._blocks() for width in block.widths]
         self.embedding = _embedding(example, light)
-        dimension = _widths(example, light)[-1]
-        self.heads = nn.Linear(dimension, sum(self.widths), bias=False)
-        mean = 1 / (_RECTIFIED * dimension)
-        nn.init.normal_(self.heads.weight, mean, _SPREAD * mean * math.sqrt(dimension))
+        self.heads = nn.Linear(_widths(example, light)[-1], sum(self.widths), bias=False)
+        nn.init.zeros_(self.heads.weight)
         self.classifier: nn.Linear | None = None
         self.frozen = False
         self._set_prices(module_costs(self, example))
@@ -117,9 +113,8 @@ class ExpertResNet(SkippingNet):
         logits_BV = self.head(feature)
         if self.classifier is None:
             return Chosen(logits_BV, logit_BU)
-        return Chosen(
-            logits_BV, logit_BU, self.heads(embedded_BD.detach()), self.classifier(embedded_BD)
-        )
+        head_logit_BU = _OPEN + self.heads(embedded_BD.detach())
+        return Chosen(logits_BV, logit_BU, head_logit_BU, self.classifier(embedded_BD))
 
     def with_load(self, x: Tensor) -> tuple[Tensor, Load]:
         """Logits (B, V) and what each input made the network read and compute."""
@@ -148,7 +143,7 @@ class ExpertResNet(SkippingNet):
     def _gate_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
             embedded_BD = self.embedding(x.float())
-            return embedded_BD, self.heads(embedded_BD)
+            return embedded_BD, _OPEN + self.heads(embedded_BD)
 
     def _gates(self, logit_BU: Tensor) -> Tensor:
         gate_BU = logit_BU.relu()

@@ -64,6 +64,7 @@ class FfnMoE(System):
 
     name: ClassVar[str] = "ffn-moe"
     summary: ClassVar[str] = "feed-forward layers split into experts by firing pattern"
+    sized_by: ClassVar[tuple[str, ...]] = ("experts", "active")
 
     experts: int = 16
     shared: int = 2

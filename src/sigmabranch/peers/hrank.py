@@ -37,6 +37,9 @@ from sigmabranch.tasks import Task
 PUBLISHED: Mapping[int, tuple[float, ...]] = {62: (0.2, 0.8, 0.8, 0.55, 0.45)}
 # Samples that go through the network at once while ranks are taken.
 _PASS = 32
+# Share of a progressive training by the end of which all is masked: the rest is for mending, before
+# the learning rate has fallen too far. (The authors begin their schedule anew at every block.)
+_MASKING = 0.6
 # cuSOLVER decomposes a batch at once up to this side, larger matrices one by one.
 _BATCHED_SIDE = 32
 
@@ -49,7 +52,8 @@ class HRank(FilterPruning):
         rates: published setting of layer rates; 62 is the only one whose rates are known.
         rate: one rate for all layers instead.
         mode: ``"oneshot"`` removes all at once and fine-tunes, as the authors' later HRankPlus
-            does; ``"progressive"`` masks block after block in equal parts of the same training.
+            does; ``"progressive"`` masks block after block in equal parts of the first 60 % of the
+            same training.
         convention: ``"physical"`` prunes all that writes to one residual stream jointly;
             ``"literal"`` is the published count, in which a convolution's outputs shrink, but
             neither its batch norm nor the next layer's inputs. It can be counted, not run.
@@ -58,6 +62,7 @@ class HRank(FilterPruning):
 
     name: ClassVar[str] = "hrank"
     summary: ClassVar[str] = "static: filters whose feature maps have low rank removed"
+    sized_by: ClassVar[tuple[str, ...]] = ("rate", "rates")
 
     rates: int = 62
     rate: float | None = None
@@ -164,12 +169,12 @@ class HRank(FilterPruning):
         objective = MaskingObjective(
             net,
             bench.recipe,
-            periods=len(owners),
+            periods=round(len(owners) / _MASKING),
             choose=due,
             teacher=bench.teacher(bench.recipe),
         )
         bench.train(net, objective)
-        net.mask(due(len(owners)))  # a training of fewer steps than blocks ends before the last
+        net.mask(due(len(owners)))  # a training of few steps ends before the last
         return layout.cut(net.network, net.kept())
 
     def _rate(self, stage: int) -> float:

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class FilterPruning(System):
 
     A subclass has a field ``rate`` and says which groups there are and what a rate leaves of each.
     """
+
+    sized_by: ClassVar[tuple[str, ...]] = ("rate",)
 
     def groups(self, model: nn.Module, coupling: CouplingMap) -> list[FilterGroup]:
         """What is removed together."""

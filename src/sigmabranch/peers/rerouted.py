@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sigmabranch.conversion import class_targets
 from sigmabranch.errors import ConfigError
 from sigmabranch.net import Choice, SigmaBranchNet, SoftOutput
 from sigmabranch.peers.bench import Bench
@@ -19,7 +20,7 @@ from sigmabranch.peers.system import System, Trained
 from sigmabranch.routing import Router, stacked
 from sigmabranch.tasks import Task
 from sigmabranch.tasks.counting import sketch
-from sigmabranch.training import BranchedObjective
+from sigmabranch.training import BranchedObjective, FinetuneRecipe
 from sigmabranch.tree import NodeId, node_key
 
 # Features are compared in steps so coarse that rounding hardly ever moves one across an edge.
@@ -107,7 +108,7 @@ class HashRouting(System):
         """Convert as usual, replace the routers, fine-tune."""
         network = _with_hashes(bench.chain.converted(), bench.seed)
         recipe = replace(bench.recipe, resp_weight=0.0, balance_weight=0.0)
-        bench.train(network.to(bench.device), BranchedObjective(recipe), recipe=recipe)
+        bench.train(network.to(bench.device), _objective(network, bench, recipe), recipe=recipe)
         mark = "" if recipe == bench.recipe else "no router to train"
         return Trained(network=network, recipe=recipe, epochs=bench.epochs, mark=mark)
 
@@ -140,6 +141,10 @@ def _with_hashes(net: SigmaBranchNet, seed: int) -> SigmaBranchNet:
     return net
 
 
+def _objective(net: SigmaBranchNet, bench: Bench, recipe: FinetuneRecipe) -> BranchedObjective:
+    return BranchedObjective(recipe, bench.teacher(recipe), class_targets(net.record))
+
+
 @dataclass(frozen=True, kw_only=True)
 class FlatRouting(System):
     """The same leaves, chosen by one router on the trunk's feature instead of level by level."""
@@ -161,7 +166,7 @@ class FlatRouting(System):
         with bench.seeded():
             network = FlatNet(tree).to(bench.device)
         network.aim(tree, bench)
-        bench.train(network, BranchedObjective(bench.recipe))
+        bench.train(network, _objective(network, bench, bench.recipe))
         return Trained(network=network, recipe=bench.recipe, epochs=bench.epochs)
 
 
@@ -191,15 +196,21 @@ class FlatNet(SigmaBranchNet):
 
     @torch.no_grad()
     def aim(self, net: SigmaBranchNet, bench: Bench) -> None:
-        """Set the gate to the mean direction of the latents that ``net`` sends to each leaf."""
-        router = self.router(()).eval()
-        sum_LD = router.gate.weight.new_zeros(router.gate.weight.shape)
-        for x, _ in bench.calibration().part(0, 1, bench.task.conversion.samples):
-            leaf_B = net.hard(x.to(bench.device)).leaf
-            latent_BD = router.latent(self.trunk_parts()[0](x.to(bench.device)))
-            sum_LD.index_add_(0, leaf_B, F.normalize(latent_BD, dim=1))
+        """Set the gate to the mean direction of the latents that ``net`` sends to each leaf.
+
+        Seen from the origin, or from the mean of all latents where clusters are centred.
+        """
+        router, spec = self.router(()).eval(), bench.task.conversion
+        leaves, latents = [], []
+        for x, _ in bench.calibration().part(0, 1, spec.samples):
+            leaves.append(net.hard(x.to(bench.device)).leaf)
+            latents.append(router.latent(self.trunk_parts()[0](x.to(bench.device))))
+        latent_ND = torch.cat(latents)
+        mean_D = latent_ND.mean(0) if spec.centred else torch.zeros_like(latent_ND[0])
+        sum_LD = torch.zeros_like(router.gate.weight)
+        sum_LD.index_add_(0, torch.cat(leaves), F.normalize(latent_ND - mean_D, dim=1))
         router.gate.weight.copy_(F.normalize(sum_LD, dim=1))
-        router.gate.bias.zero_()
+        router.gate.bias.copy_(-router.gate.weight @ mean_D)
 
     def soft(self, x: Tensor) -> SoftOutput:
         """Run every node once; see :meth:`SigmaBranchNet.soft`."""

@@ -75,8 +75,7 @@ def _cost(trained: Trained, bench: Bench, accuracy: dict[str, Any]) -> dict[str,
 
 
 def _latency(trained: Trained, bench: Bench) -> dict[str, float]:
-    sample = ordered(bench.chain.dataset.test)
-    x = next(iter(sample))[0][:1].cpu()
+    images, _ = next(iter(ordered(bench.chain.dataset.test)))
     reference = bench.task.model.build()
     with torch.no_grad():
-        return latency(trained.network.cpu(), reference, x)
+        return latency(trained.network.cpu(), reference, images.cpu())

@@ -46,8 +46,10 @@ class SkipNet(System):
     its noise falls linearly to zero while training, so that the rate also holds without noise, and
     that reading has a price, which rises while more than ``target`` of the skippable parameters are
     read and falls while fewer are: the penalty alone stops where cross-entropy pulls as hard the
-    other way, and counts a large block as much as a small one. Because training sees augmented
-    images, the gates' common threshold is set afterwards, on training images as they are.
+    other way, and counts a large block as much as a small one. Sized to a number of parameters, the
+    system has the price alone, so that which blocks run is for cross-entropy to say. Because
+    training sees augmented images, the gates' common threshold is set afterwards, on training
+    images as they are.
 
     Attributes:
         gate: ``"recurrent"`` (pooling, one LSTM for all gates) or the paper's convolutional gates
@@ -57,7 +59,7 @@ class SkipNet(System):
             gate's distance from ``target``).
         target: share of the inputs for which each gate is to be open, and of the skippable
             parameters that an input is to read on average, in mode rate.
-        rate_weight: of the squared distances from ``target``, summed over gates.
+        rate_weight: of the squared distances from ``target``, averaged over gates.
         reward: α, of skipping all blocks, in mode hybrid.
         rl_weight: of the REINFORCE term.
         temperature: what a gate's logit is divided by before an action is drawn; small is sharp.
@@ -65,6 +67,7 @@ class SkipNet(System):
 
     name: ClassVar[str] = "skipnet"
     summary: ClassVar[str] = "gates skip whole residual blocks, input by input"
+    sized_by: ClassVar[tuple[str, ...]] = ("mode", "target")
 
     gate: Literal["recurrent", "feedforward1", "feedforward2"] = "recurrent"
     mode: Literal["supervised", "hybrid", "rate"] = "supervised"
@@ -90,13 +93,13 @@ class SkipNet(System):
             phases(task.finetune)
 
     def fitted(self, task: Task, active_params: int) -> Self:
-        """Mode rate, with the target that gives the size on average."""
+        """Mode rate with a price only, and the target that gives the size on average."""
         self.check(task)
         limits = self.sketch(task).bounds()
         always, most = (limits[end]["active_params"] for end in ("least", "most"))
         check_size(self, always, active_params)
         target = min(1.0, (active_params - always) / (most - always))
-        return replace(self, mode="rate", target=target)
+        return replace(self, mode="rate", target=target, rate_weight=0.0)
 
     def sketch(self, task: Task) -> GatedResNet:
         """The gated network, all gates open."""
@@ -169,7 +172,7 @@ class RateObjective(DenseObjective):
         gated = model(x)
         output = self.classified(gated.logits, x, y)
         rate_G = gated.open.mean(0)
-        away = (rate_G - self.system.target).square().sum()
+        away = (rate_G - self.system.target).square().mean()
         loss = output.loss + self.system.rate_weight * away + self._charge(rate_G)
         metrics = {**output.metrics, "open": rate_G.detach().mean()}
         return StepOutput(loss, metrics)

@@ -52,10 +52,17 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class System(ABC):
-    """Base of all systems."""
+    """Base of all systems.
+
+    Attributes:
+        name: of the system.
+        summary: of it, in one line.
+        sized_by: the settings that say how large it is.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    sized_by: ClassVar[tuple[str, ...]] = ()
 
     def check(self, task: Task) -> None:
         """Raise :class:`ConfigError` where ``task`` lacks what the system needs.

@@ -88,6 +88,7 @@ class Compared:
         entries: group by group, the most accurate first.
         evaluation: of the source network.
         convention: of all counts.
+        missing: rows that nothing is known of, because they were not made yet.
         failed: row, seed and reason, one line each.
         skipped: row and why the task cannot have it, one line each.
         provenance: of the call that wrote it.
@@ -98,6 +99,7 @@ class Compared:
     entries: tuple[Entry, ...]
     evaluation: Mapping[str, Any]
     convention: str
+    missing: tuple[str, ...]
     failed: tuple[str, ...]
     skipped: tuple[str, ...]
     provenance: Mapping[str, Any]

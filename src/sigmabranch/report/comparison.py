@@ -118,7 +118,11 @@ def _notes(compared: Compared) -> tuple[str, ...]:
     source = ", ".join(map(str, compared.reference.top1_by_seed))
     missing = [
         f"{why}: {'; '.join(lines)}."
-        for why, lines in (("Failed", compared.failed), ("Left out", compared.skipped))
+        for why, lines in (
+            ("Not made yet", compared.missing),
+            ("Failed", compared.failed),
+            ("Left out", compared.skipped),
+        )
         if lines
     ]
     return (

@@ -50,6 +50,7 @@ def read_comparison(found: Mapping[str, Any]) -> Compared:
             "run compare again on its folder"
         )
     failed = tuple(f"{f['row']}, seed {f['seed']}: {f['reason']}" for f in found["failed"])
+    tried = {f["row"] for f in found["failed"]}
     made = {name: rows for name, rows in found["rows"].items() if rows}
     if not made:
         raise ConfigError("; ".join(("no row of the comparison is there", *failed)))
@@ -70,6 +71,7 @@ def read_comparison(found: Mapping[str, Any]) -> Compared:
         entries=tuple(entries),
         evaluation=found["source"]["accuracy"],
         convention=cost["convention"],
+        missing=tuple(name for name in found["rows"] if name not in {*made, *tried}),
         failed=failed,
         skipped=tuple(f"{name}: {why}" for name, why in found.get("skipped", {}).items()),
         provenance=found.get("provenance", {}),
