@@ -8,7 +8,7 @@ whole    GPU memory for a whole path of the tree, for all of the dense network; 
 equal    the same GPU memory on both sides, that of one path; nothing stays
 pinned   the same, and as many bytes as the trunk has stay, on both sides
 
-    python -m benchmarks.deploy_gpu --factor 3.5    a tree of 340 million parameters; minutes
+    python -m benchmarks.deploy_gpu --factor 3.5    a tree of 320 million parameters; minutes
 """
 
 from __future__ import annotations

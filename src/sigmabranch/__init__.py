@@ -18,10 +18,16 @@ from sigmabranch.version import __version__
 if TYPE_CHECKING:
     from sigmabranch.backbones import (
         Backbone,
+        ConvNeXt,
+        ConvNeXtSpec,
         PointNet2,
         PointNet2Spec,
         ResNet,
         ResNetSpec,
+        ViT,
+        ViTSpec,
+        WideResNet,
+        WideResNetSpec,
         as_backbone,
     )
     from sigmabranch.conversion import (
@@ -48,10 +54,16 @@ if TYPE_CHECKING:
 _HOMES = {
     "sigmabranch.backbones": (
         "Backbone",
+        "ConvNeXt",
+        "ConvNeXtSpec",
         "PointNet2",
         "PointNet2Spec",
         "ResNet",
         "ResNetSpec",
+        "ViT",
+        "ViTSpec",
+        "WideResNet",
+        "WideResNetSpec",
         "as_backbone",
     ),
     "sigmabranch.conversion": (
@@ -80,6 +92,8 @@ _PLACES = {name: (home, name) for home, names in _HOMES.items() for name in name
 
 __all__ = [
     "Backbone",
+    "ConvNeXt",
+    "ConvNeXtSpec",
     "ConversionRecord",
     "ConversionSpec",
     "CouplingMap",
@@ -100,6 +114,10 @@ __all__ = [
     "SlicePlan",
     "SoftOutput",
     "TreeSpec",
+    "ViT",
+    "ViTSpec",
+    "WideResNet",
+    "WideResNetSpec",
     "__version__",
     "as_backbone",
     "convert",

@@ -18,7 +18,7 @@ Data: TypeAlias = Annotated[
 ]
 Out: TypeAlias = Annotated[
     Path | None,
-    typer.Option(help="Folder for everything this command writes.", show_default="runs/NAME"),
+    typer.Option(help="Folder for everything this command writes.", show_default="one in runs/"),
 ]
 OutBeside: TypeAlias = Annotated[
     Path | None,
