@@ -88,7 +88,7 @@ def expert(dense, variant="A"):
 def _expert(dense, variant):
     network = ExpertResNet(copy.deepcopy(dense), torch.zeros(1, 1, 8, 8), variant)
     randomise(network.embedding)
-    nn.init.normal_(network.heads.weight, generator=torch.Generator().manual_seed(2))
+    nn.init.normal_(network.heads.weight, std=0.5, generator=torch.Generator().manual_seed(2))
     return network.eval()
 
 

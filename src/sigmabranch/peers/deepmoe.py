@@ -42,9 +42,9 @@ class DeepMoE(System):
     No official code exists. Ours, where the paper is silent: the embedding's widths
     (32-64-128-128, for images above 64 pixels 32-64-128-192-128, and an eighth of them where the
     dense network has under two million parameters) with batch norm; gates behind batch norm and
-    ReLU; gates of one plus a linear map that starts at zero, so that training begins at the source
-    network; the penalty's warm-up over a fifth of the first training, which takes 60 % of the
-    epochs.
+    ReLU; an embedding scaled to a constant sum and heads of equal weights, so that all gates are 1
+    at first and training begins at the source network; the penalty's warm-up over a fifth of the
+    first training, which takes 60 % of the epochs.
 
     Attributes:
         variant: ``"A"`` gates the first two convolutions of a bottleneck, ``"B"`` the second only.

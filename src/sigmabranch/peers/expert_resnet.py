@@ -1,8 +1,7 @@
 """A ResNet whose inner channels are experts: each input reads and computes its own.
 
-A shallow network embeds the input; a linear map, plus one, and a ReLU make of the embedding one
-gate for each channel of each gated convolution. A channel whose gate is 0 need be neither read nor
-computed.
+A shallow network embeds the input; a linear map and a ReLU make of the embedding one gate for each
+channel of each gated convolution. A channel whose gate is 0 need be neither read nor computed.
 
 Shapes: B batch, D embedding, L gated convolutions, U gates of all of them, V classes; a last 2 is
 (parameters, MACs).
@@ -10,6 +9,7 @@ Shapes: B batch, D embedding, L gated convolutions, U gates of all of them, V cl
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import NamedTuple, Self, cast
 
@@ -27,8 +27,6 @@ _SMALL, _LARGE = (32, 64, 128, 128), (32, 64, 128, 192, 128)
 _SMALL_SIDE = 64
 # Below this size of the dense network they are divided by this, or the embedding would outweigh it.
 _LIGHT_PARAMS, _LIGHT_DIVISOR = 2_000_000, 8
-# What a gate is where the map is zero, as it is at the start: so training begins at the network.
-_OPEN = 1.0
 
 
 class Chosen(NamedTuple):
@@ -74,8 +72,9 @@ class ExpertResNet(SkippingNet):
         self.blocks = nn.ModuleList(ExpertBlock(block, variant) for block in blocks)
         self.widths = [width for block in self._blocks() for width in block.widths]
         self.embedding = _embedding(example, light)
-        self.heads = nn.Linear(_widths(example, light)[-1], sum(self.widths), bias=False)
-        nn.init.zeros_(self.heads.weight)
+        dimension = _widths(example, light)[-1]
+        self.heads = nn.Linear(dimension, sum(self.widths), bias=False)
+        nn.init.constant_(self.heads.weight, 1 / math.sqrt(dimension))  # all gates are 1
         self.classifier: nn.Linear | None = None
         self.frozen = False
         self._set_prices(module_costs(self, example))
@@ -113,8 +112,9 @@ class ExpertResNet(SkippingNet):
         logits_BV = self.head(feature)
         if self.classifier is None:
             return Chosen(logits_BV, logit_BU)
-        head_logit_BU = _OPEN + self.heads(embedded_BD.detach())
-        return Chosen(logits_BV, logit_BU, head_logit_BU, self.classifier(embedded_BD))
+        return Chosen(
+            logits_BV, logit_BU, self.heads(embedded_BD.detach()), self.classifier(embedded_BD)
+        )
 
     def with_load(self, x: Tensor) -> tuple[Tensor, Load]:
         """Logits (B, V) and what each input made the network read and compute."""
@@ -142,8 +142,8 @@ class ExpertResNet(SkippingNet):
 
     def _gate_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            embedded_BD = self.embedding(x.float())
-            return embedded_BD, _OPEN + self.heads(embedded_BD)
+            embedded_BD = _of_one_size(self.embedding(x.float()))
+            return embedded_BD, self.heads(embedded_BD)
 
     def _gates(self, logit_BU: Tensor) -> Tensor:
         gate_BU = logit_BU.relu()
@@ -174,6 +174,12 @@ class ExpertResNet(SkippingNet):
         self.register_buffer("widths_L", torch.tensor(self.widths), persistent=False)
         always_2 = torch.tensor(costs[""]) - self._optional(self.widths_L[None])[0]
         self.register_buffer("always_2", always_2, persistent=False)
+
+
+def _of_one_size(embedded_BD: Tensor) -> Tensor:
+    """With entries that sum to √D, so that equal weights make equal gates for every input."""
+    sum_B1 = embedded_BD.sum(1, keepdim=True).clamp_min(torch.finfo(embedded_BD.dtype).tiny)
+    return embedded_BD * (math.sqrt(embedded_BD.shape[1]) / sum_B1)
 
 
 def _embedding(example: Tensor, light: bool) -> nn.Sequential:
