@@ -269,6 +269,9 @@ def test_settings_leave_a_peer_its_size_unless_they_are_about_it():
     rows, _ = find_rows(task, ["hrank", "l1"], {"hrank": {"samples": 7}, "l1": {"rate": 0.2}})
     assert rows["hrank"] == sized["hrank"].changed({"samples": 7})
     assert rows["l1"].rate == 0.2 != sized["l1"].rate
+    gates, _ = find_rows(task, ["skipnet"], {"skipnet": {"rate_weight": 1.0}})
+    assert gates["skipnet"].rate_weight == 1.0
+    assert gates["skipnet"].mode == "rate"
     published, _ = find_rows(task, ["hrank"], {"hrank": {"rates": 62}})
     assert published["hrank"].rate is None
 

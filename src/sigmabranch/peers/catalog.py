@@ -222,12 +222,12 @@ def find_rows(
 
 
 def _made_for(task: Task, name: str, row: System, settings: Mapping[str, Any]) -> System:
-    if settings:
-        row = row.changed(settings)
+    row = row.changed(settings)
     row.check(task)
     sized = name in PEERS and not settings.keys() & set(row.sized_by)
     size = _path_size(task) if sized else None
-    return row if size is None else row.fitted(task, size)
+    # What was asked for goes before what a size would set along with itself.
+    return row if size is None else row.fitted(task, size).changed(settings)
 
 
 def _path_size(task: Task) -> int | None:
