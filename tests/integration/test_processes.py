@@ -144,8 +144,9 @@ def test_a_run_outlives_a_lost_process_and_goes_on_with_any_number(shell, tmp_pa
     assert lines[0].startswith("sigmabranch: stopped: interrupted by SIGTERM")
 
     # And to the end, where one process alone prints.
-    code, out, lines = finish(train(tmp_path, "--json"))
-    assert code == 0, lines
+    process = train(tmp_path, "--json")
+    out, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, err
     result = json.loads(out)
     assert result["dense"]["samples"] == 51
     history = json.loads((tmp_path / "dense" / "history.json").read_text())
