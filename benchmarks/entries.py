@@ -31,7 +31,7 @@ from sigmabranch.tree import TreeSpec
 
 
 def main() -> None:
-    options = parser(__doc__, "entries", rounds=1)
+    options = parser(__doc__, "entries")
     options.add_argument("--dense", type=Path, required=True, help="folder of a trained network")
     options.add_argument("--data", type=Path, default=None, help="folder of the data set")
     options.add_argument("--budget", default="55%", help="of a path")

@@ -56,12 +56,13 @@ def interleaved(
     return Timings(seconds)
 
 
-def parser(what: str | None, name: str, rounds: int) -> argparse.ArgumentParser:
-    """The options that all benchmarks share: ``--rounds``, ``--device`` and ``--out``."""
+def parser(what: str | None, name: str, rounds: int | None = None) -> argparse.ArgumentParser:
+    """The options that all benchmarks share: ``--device``, ``--out``, and ``--rounds`` if timed."""
     options = argparse.ArgumentParser(
         description=what, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--rounds", type=int, default=rounds, help="measured rounds")
+    if rounds is not None:
+        options.add_argument("--rounds", type=int, default=rounds, help="measured rounds")
     options.add_argument("--device", type=resolve_device, default="cpu", metavar="NAME")
     options.add_argument("--out", type=Path, default=RESULTS / f"{name}.json", metavar="FILE")
     return options

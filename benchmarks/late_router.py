@@ -101,7 +101,7 @@ def gate(read_NC: Tensor, branches: int, hidden: int) -> nn.Module:
 
 
 def main() -> None:
-    options = parser(__doc__, "late-router", rounds=1)
+    options = parser(__doc__, "late-router")
     options.add_argument("--net", type=Path, nargs="+", required=True, help="trained networks")
     options.add_argument("--data", type=Path, default=None, help="folder of the data set")
     given = options.parse_args()

@@ -98,7 +98,7 @@ QUICK = {"cifar100-small": (1.0, 0.5)}
 
 
 def main() -> None:
-    options = parser(__doc__, "vela", rounds=1)
+    options = parser(__doc__, "vela")
     options.add_argument("--quick", action="store_true", help="a small network")
     options.add_argument("--json", action="store_true", help="print JSON instead of tables")
     options = options.parse_args()

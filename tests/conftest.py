@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from shell import Shell
 from sigmabranch.backbones import ResNet, ResNetSpec
+from sigmabranch.backbones.timm import load_timm
+from sigmabranch.errors import MissingDependency
 from sigmabranch.tasks import Task, find_task
 
 CLASSES = 5
@@ -53,6 +55,15 @@ def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
             fan_in = tensor[0].numel()
             tensor.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
     return net.eval()
+
+
+@pytest.fixture(scope="session")
+def timm() -> None:
+    """For tests that need timm, which is an extra."""
+    try:
+        load_timm()
+    except MissingDependency:
+        pytest.skip("timm is not installed")
 
 
 @pytest.fixture(scope="session")

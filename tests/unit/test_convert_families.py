@@ -8,20 +8,14 @@ from torch import nn
 
 import sigmabranch as sb
 from conftest import randomise
-from sigmabranch.backbones.timm import create_timm, load_timm
-from sigmabranch.errors import MissingDependency
+from sigmabranch.backbones.timm import create_timm
 
 # The smallest images that leave more than one position to the last stage.
 SIZE, CLASSES = 40, 6
 NAMES = ["resnet18", "resnet50", "seresnet50", "resnext50_32x4d", "test_resnet"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _timm() -> None:
-    try:
-        load_timm()
-    except MissingDependency:
-        pytest.skip("timm is not installed")
+pytestmark = pytest.mark.usefixtures("timm")
 
 
 @pytest.fixture(scope="module")

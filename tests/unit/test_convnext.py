@@ -11,8 +11,8 @@ import torch
 import sigmabranch as sb
 from conftest import CLASSES, randomise
 from sigmabranch.backbones import FAMILIES, ConvNeXtSpec, as_backbone
-from sigmabranch.backbones.timm import create_timm, load_timm
-from sigmabranch.errors import ConfigError, DataError, MissingDependency
+from sigmabranch.backbones.timm import create_timm
+from sigmabranch.errors import ConfigError, DataError
 from sigmabranch.measure import cost
 from sigmabranch.peers import dense_of_size
 from sigmabranch.saving import load_dense, save_dense
@@ -46,11 +46,7 @@ def params(spec: ConvNeXtSpec) -> int:
 
 
 @pytest.mark.parametrize("kernel", [3, 7])
-def test_it_computes_what_timms_does_from_the_same_weights(kernel):
-    try:
-        load_timm()
-    except MissingDependency:
-        pytest.skip("timm is not installed")
+def test_it_computes_what_timms_does_from_the_same_weights(kernel, timm):
     ours = randomise(
         ConvNeXtSpec(
             layers=(1, 2, 1, 1), widths=(8, 12, 12, 16), kernel=kernel, in_channels=1, classes=5

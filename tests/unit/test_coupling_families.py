@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sigmabranch.backbones.timm import create_timm, load_timm
+from sigmabranch.backbones.timm import create_timm
 from sigmabranch.coupling import (
     CouplingMap,
     plan_slices,
@@ -17,15 +17,9 @@ from sigmabranch.coupling import (
     unit_scores_l1,
     verify_slice,
 )
-from sigmabranch.errors import ConfigError, MissingDependency, UnsupportedOperation
+from sigmabranch.errors import ConfigError, UnsupportedOperation
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _timm() -> None:
-    try:
-        load_timm()
-    except MissingDependency:
-        pytest.skip("timm is not installed")
+pytestmark = pytest.mark.usefixtures("timm")
 
 
 def randomised(net: nn.Module, seed: int = 0) -> nn.Module:

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from sigmabranch.backbones.timm import load_timm
-from sigmabranch.errors import MissingDependency
 from sigmabranch.tree import TreeSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,12 +87,7 @@ def test_no_network_is_silently_wrong(converted):
 # -- small networks, measured now ----------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _timm():
-    try:
-        load_timm()
-    except MissingDependency:
-        pytest.skip("timm is not installed")
+pytestmark = pytest.mark.usefixtures("timm")
 
 
 @pytest.mark.parametrize(

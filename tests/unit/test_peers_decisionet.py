@@ -55,8 +55,12 @@ def task():
 def lopsided(task):
     """A network whose paths differ in length, with every weight drawn anew."""
     system = DecisioNet(topology="tree")
-    net = randomise(system.sketch(replace(task, tree=replace(LOPSIDED, projection_dim=4))))
-    return net.eval()
+    net = randomise(system.sketch(replace(task, tree=replace(LOPSIDED, projection_dim=4)))).eval()
+    images = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    root = net.nodes["root"]
+    with torch.no_grad():
+        root.unit.bias -= root(net.trunk(images)).median()  # so that both ways are taken
+    return net
 
 
 @pytest.fixture

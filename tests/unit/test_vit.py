@@ -11,8 +11,8 @@ import torch.nn.functional as F
 import sigmabranch as sb
 from conftest import randomise
 from sigmabranch.backbones import FAMILIES, ViTSpec, as_backbone
-from sigmabranch.backbones.timm import create_timm, load_timm
-from sigmabranch.errors import ConfigError, DataError, MissingDependency
+from sigmabranch.backbones.timm import create_timm
+from sigmabranch.errors import ConfigError, DataError
 from sigmabranch.peers import dense_of_size
 from sigmabranch.saving import load_dense, save_dense
 from sigmabranch.tasks import count_task, find_task
@@ -32,11 +32,7 @@ def params(spec: ViTSpec) -> int:
         return sum(p.numel() for p in spec.build().parameters())
 
 
-def test_it_computes_what_timms_does_from_the_same_weights(vit):
-    try:
-        load_timm()
-    except MissingDependency:
-        pytest.skip("timm is not installed")
+def test_it_computes_what_timms_does_from_the_same_weights(vit, timm):
     theirs = create_timm(
         "vit_tiny_patch16_224",
         img_size=16,

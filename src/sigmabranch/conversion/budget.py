@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sigmabranch.backbones import Backbone, as_backbone
+from sigmabranch.backbones.forward import parameter_count
 from sigmabranch.conversion.cut import Cutter
 from sigmabranch.conversion.ruler import Ruler, Sizes, Tables, applications
 from sigmabranch.coupling import CouplingMap, evaluating, trace
@@ -189,7 +190,9 @@ def plan_budget(
         ConversionError: the network cannot be cut.
     """
     backbone = as_backbone(dense, example)
-    limits = Budget.parse(budget, _count(backbone.model), total=total, macs=macs, bits=bits)
+    limits = Budget.parse(
+        budget, parameter_count(backbone.model), total=total, macs=macs, bits=bits
+    )
     template = tree or TreeSpec()
     found: list[Candidate] = []
     smallest: list[int] = []
@@ -216,14 +219,10 @@ def plan_budget(
     taken = ranked[0].tree
     return BudgetPlan(
         budget=limits,
-        dense_params=_count(backbone.model),
+        dense_params=parameter_count(backbone.model),
         inexact=_ruler(backbone, coupling, taken, positions, tables).cutter.inexact(taken),
         candidates=ranked,
     )
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _cuts(backbone: Backbone, depth: int, cuts: tuple[str, ...] | None) -> list[tuple[str, ...]]:
@@ -242,9 +241,9 @@ def _cuts(backbone: Backbone, depth: int, cuts: tuple[str, ...] | None) -> list[
 
 def _why_few(backbone: Backbone) -> str:
     """What is said of a link that is most of the network."""
-    sizes = {path: _count(backbone.model.get_submodule(path)) for path in backbone.chain}
+    sizes = {path: parameter_count(backbone.model.get_submodule(path)) for path in backbone.chain}
     largest = max(sizes, key=lambda path: sizes[path])
-    if 2 * sizes[largest] < _count(backbone.model):
+    if 2 * sizes[largest] < parameter_count(backbone.model):
         return ""
     return f"; inside {largest} several tensors are handed on at once"
 

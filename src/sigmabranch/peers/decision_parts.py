@@ -19,6 +19,7 @@ from sigmabranch.backbones import (
     as_backbone,
 )
 from sigmabranch.errors import ConfigError
+from sigmabranch.measure import count_parameters
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.peers.decision_net import DecisionNode, Parts
 from sigmabranch.tree import TreeSpec
@@ -62,8 +63,7 @@ def path_params(spec: ModelSpec, levels: Levels, blank: Tensor) -> int:
     with torch.device("meta"):
         backbone = as_backbone(spec.build())
     *deciding, _ = _channels(backbone, levels, blank)
-    path = sum(parameter.numel() for parameter in backbone.model.parameters())
-    return path + sum(channels + 1 for channels in deciding)
+    return count_parameters([backbone.model]) + sum(channels + 1 for channels in deciding)
 
 
 def own_parts(tree: TreeSpec, spec: ModelSpec, levels: Levels, blank: Tensor) -> Parts:
