@@ -35,7 +35,7 @@ from sigmabranch.cli import (
 )
 from sigmabranch.errors import SigmaBranchError
 from sigmabranch.tasks import Stopped
-from sigmabranch.training import launched_rank, naming_lost_processes
+from sigmabranch.training import launched_rank, leave_processes, naming_lost_processes
 from sigmabranch.version import __version__
 
 # How long the first process has to report a failure that all share, before the others do.
@@ -87,6 +87,7 @@ def main() -> None:
     try:
         with naming_lost_processes("the last checkpoint"):
             status = app(standalone_mode=False)
+            leave_processes()
     except SigmaBranchError as error:
         _fail(str(error), error.exit_code)
     except Stopped as stopped:

@@ -8,6 +8,7 @@ from sigmabranch.training.engine import (
     FabricEngine,
     launched,
     launched_rank,
+    leave_processes,
     naming_lost_processes,
     resolve_device,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "fit",
     "launched",
     "launched_rank",
+    "leave_processes",
     "naming_lost_processes",
     "resolve_device",
     "routing_alarms",

@@ -231,6 +231,12 @@ def _is_loss(error: RuntimeError) -> bool:
     return dist.is_initialized() and any(known in words for known in _LOST_WORDS)
 
 
+def leave_processes() -> None:
+    """Close the connections to a run's other processes, which must not outlive its work."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def launched() -> bool:
     """Whether a launcher such as ``torchrun`` has started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
