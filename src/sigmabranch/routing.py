@@ -39,11 +39,15 @@ class Router(nn.Module):
         self.gate = nn.Linear(latent, branches)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move with the network, but stay float32 when it is halved or doubled."""
-        super()._apply(fn, recurse)
-        return super()._apply(
-            lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, recurse
-        )
+        """Move with the network, but keep every bit of float32 when it is halved or doubled."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            if not changed.is_floating_point() or changed.dtype == torch.float32:
+                return changed
+            return tensor.to(changed.device, torch.float32)
+
+        return super()._apply(moved, recurse)
 
     @property
     def linear(self) -> nn.Linear:

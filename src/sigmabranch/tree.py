@@ -70,6 +70,11 @@ class TreeSpec:
     trunk_share: float | None = None
 
     def __post_init__(self) -> None:
+        for name in ("leaves", "widths", "cuts", "shares", "heads"):
+            values = getattr(self, name)
+            if isinstance(values, list):
+                object.__setattr__(self, name, tuple(values))
+        object.__setattr__(self, "leaves", tuple(map(tuple, self.leaves)))
         _check_leaves(self.leaves)
         if self.entry not in (None, *ENTRIES):
             raise ConfigError(f"unknown tree entry {self.entry!r}: choose from {ENTRIES}")

@@ -17,7 +17,7 @@ from conftest import randomise
 from sigmabranch.backbones import ConvNeXtSpec, PointNet2Spec, ResNetSpec, ViTSpec, as_backbone
 from sigmabranch.backbones.timm import create_timm
 from sigmabranch.conversion import Budget, blueprint, plan_budget
-from sigmabranch.errors import ConfigError
+from sigmabranch.errors import ConfigError, ConversionError
 from sigmabranch.measure import count_parameters
 from sigmabranch.tree import TreeSpec
 
@@ -106,9 +106,22 @@ def test_other_entries_and_shapes_are_counted_as_they_are_built(entry, leaves):
     tree = TreeSpec(projection_dim=8, entry=entry, leaves=leaves)
     plan = plan_budget(model, x, "60%", tree)
     assert plan.tree.leaves == leaves and 0.98 <= plan.spent <= 1
-    counted = plan.candidates[0].sizes
-    if entry == "inner" or leaves != UNEVEN:
-        assert (counted.active_params, counted.total_params) == built(model, x, plan.tree)
+    for candidate in plan.candidates[:5]:
+        counted = candidate.sizes.active_params, candidate.sizes.total_params
+        assert counted == built(model, x, candidate.tree), candidate.tree.cuts
+
+
+@pytest.mark.parametrize("trunk_share", [None, 0.5])
+@pytest.mark.parametrize("after", ["conv1", "layer1"])
+def test_routers_that_decide_early_are_counted_as_they_are_built(after, trunk_share):
+    spec, shape = NETWORKS["bottlenecks"]
+    model, x = spec.build().eval(), torch.zeros(1, *shape)
+    tree = TreeSpec(projection_dim=64, decide_after=after, trunk_share=trunk_share)
+    for candidate in plan_budget(model, x, "60%", tree).candidates:
+        counted = candidate.sizes.active_params, candidate.sizes.total_params
+        assert counted == built(model, x, candidate.tree), candidate.tree.cuts
+    with pytest.raises(ConversionError, match="decide_after='fc' is no module of the trunk"):
+        plan_budget(model, x, "60%", TreeSpec(decide_after="fc"))
 
 
 @settings(max_examples=6, deadline=None)
@@ -154,7 +167,7 @@ def test_the_rule_takes_the_largest_smallest_share_and_marks_what_no_other_beats
             and other.sizes != candidate.sizes
             for other in found
         )
-        assert candidate.best or beaten
+        assert candidate.best != beaten
 
 
 def test_fewer_bits_buy_more_parameters():
@@ -203,6 +216,8 @@ def test_one_call_converts_a_network_to_a_budget():
         ("1KB", {}, "the smallest path has [0-9,]+; raise the budget"),
         ("much", {}, "is no size"),
         ("x%", {}, "is no size"),
+        ("-5%", {}, "is no size"),
+        ("inf%", {}, "is no size"),
         ("60%", {"bits": 7}, "7 bits are no width"),
         ("60%", {"macs": 10}, "no tree of this depth"),
     ],

@@ -16,6 +16,7 @@ import sigmabranch as sb
 from sigmabranch.backbones import ResNet, ResNetSpec, as_backbone
 from sigmabranch.conversion import blueprint, class_targets, select, single_path
 from sigmabranch.conversion import growth as growing
+from sigmabranch.conversion.calibrate import stream
 from sigmabranch.errors import (
     ConfigError,
     ConversionError,
@@ -362,6 +363,7 @@ def test_what_is_no_record_is_refused(converted, change):
         {"samples": 0},
         {"restarts": 0},
         {"norm_samples": -1},
+        {"affine_samples": -1},
         {"samples": 10.5},
         {"balanced": "yes"},
         {"ratio": 1},
@@ -556,3 +558,89 @@ def test_a_last_batch_of_one_sample_is_no_obstacle(dense, batches, build):
     loader = list(zip(x.split(32), y.split(32), strict=True))
     small = [(part[..., :1, :1].contiguous(), label) for part, label in loader]
     build(dense, small, TREES["one level"])
+
+
+def test_single_samples_teach_batch_norms_as_one_batch_does(dense, batches):
+    together = images(batches), torch.cat([y for _, y in batches])
+    alone = list(zip(together[0].split(1), together[1].split(1), strict=True))
+    first, second = (sb.convert(dense, data, TREES["one level"]) for data in (batches, alone))
+    assert all(channels[0]["norm_reestimated"] for channels in second.record["nodes"].values())
+    assert same_weights(first, second)
+
+
+def test_samples_of_other_shapes_are_not_joined(dense, batches):
+    x, y = batches[0]
+    mixed = [(x[:5], y[:5]), (x[5:], y[5:]), (x[:9, :, 1:], y[:9]), (x[9:], y[9:])]
+    found = [len(x) for x, _ in stream(mixed, 1000, torch.device("cpu"))]
+    assert found == [32, 9, 23]
+
+
+# -- siblings ------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """An activation, then a convolution."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first, self.conv = copy.deepcopy(first), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 8, H, W) → the same shape."""
+        return self.conv(self.first(x))
+
+
+class ActivationFirst(nn.Module):
+    """A network whose blocks begin with an activation."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.blocks = nn.Sequential(*(Block(first) for _ in range(4)))
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 1, H, W) → (B, 5)."""
+        return self.last(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class InPlace(nn.Module):
+    """An activation that is no module of torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return nn.functional.silu(x, inplace=True)
+
+
+@pytest.mark.parametrize("first", [nn.SiLU(inplace=True), nn.ReLU(inplace=True)], ids=type)
+def test_a_branch_that_begins_in_place_leaves_its_siblings_what_they_read(batches, first):
+    torch.manual_seed(0)
+    net = sb.convert(ActivationFirst(first), batches, sb.TreeSpec(projection_dim=8))
+    with torch.no_grad():
+        soft, hard = net.soft(images(batches)), net.hard(images(batches))
+    assert torch.equal(net.leaf_of(soft), hard.leaf)
+    chosen = soft.logits[torch.arange(96), hard.leaf]
+    assert torch.allclose(chosen, hard.logits, atol=1e-5)
+    net.train()
+    net.soft(images(batches)).logits.sum().backward()
+
+
+def test_a_branch_that_writes_into_its_input_by_itself_is_refused(batches):
+    with pytest.raises(ConversionError, match="changes its input in place"):
+        sb.convert(ActivationFirst(InPlace()), batches, sb.TreeSpec(projection_dim=8))
+
+
+def test_a_frozen_networks_copies_learn_again_unless_some_were_frozen_on_purpose(dense, batches):
+    frozen = copy.deepcopy(dense).requires_grad_(False)
+    net = sb.convert(frozen, batches, TREES["one level"])
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    part = copy.deepcopy(dense)
+    part.conv1.requires_grad_(False)
+    net = sb.convert(part, batches, TREES["one level"])
+    assert [n for n, p in net.named_parameters() if not p.requires_grad] == ["trunk.conv1.weight"]
+
+
+def test_a_tree_may_be_given_as_lists(dense, batches):
+    net = sb.convert(dense, batches, sb.TreeSpec(leaves=[[0], [1]], cuts=["layer4"]))
+    assert net.tree == sb.TreeSpec(leaves=((0,), (1,)), cuts=("layer4",))

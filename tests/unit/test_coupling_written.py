@@ -62,6 +62,13 @@ def test_only_the_channels_that_a_forward_counts_stay(how):
     assert found.fixed[unit] == f"{WRITTEN}second"
 
 
+@pytest.mark.parametrize("how", ["view", "check"])
+def test_trying_says_nothing(how, capfd):
+    backbone = as_backbone(Between(how), IMAGE)
+    trace(backbone.model, IMAGE, watch=backbone.chain)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_network_without_written_sizes_keeps_nothing_for_them():
     found = trace(Between("nothing"), IMAGE)
     assert not any(why.startswith(WRITTEN) for why in found.fixed.values())

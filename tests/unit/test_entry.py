@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import sigmabranch as sb
 from conftest import randomise
 from sigmabranch.backbones import ConvNeXtSpec, ResNetSpec, ViTSpec
-from sigmabranch.conversion import Shards, blueprint
+from sigmabranch.conversion import Shards, blueprint, single_path
 from sigmabranch.conversion.refit import NormFit
 from sigmabranch.coupling import trace
 from sigmabranch.errors import ConfigError, ConversionError
@@ -255,6 +255,25 @@ def test_only_layer_norms_that_lost_channels_are_fitted():
         "stages_2.blocks.0.norm.weight", "stages_2.blocks.0.norm.bias", "head_norm.weight",
         "head_norm.bias",
     }  # fmt: skip
+
+
+def test_a_single_path_has_its_cut_layer_norms_fitted_as_a_branch_has(vit):
+    tree = sb.TreeSpec(projection_dim=8, entry="gather")
+    fitted, old = (
+        single_path(vit, data(), tree, spec=sb.ConversionSpec(norm_samples=0, affine_samples=n))
+        for n in (48, 0)
+    )
+    x = torch.cat([x for x, _ in data()])
+    changed = {
+        name.rpartition(".")[0]
+        for name, tensor in fitted.state_dict().items()
+        if not torch.equal(tensor, old.state_dict()[name])
+    }
+    norms = {name for name, module in fitted.named_modules() if isinstance(module, nn.LayerNorm)}
+    assert changed and changed <= norms
+    with torch.no_grad():
+        error, before = ((path(x) - vit(x)).square().mean() for path in (fitted, old))
+    assert error < before
 
 
 def test_layer_norms_that_lost_nothing_are_left_alone(vit):

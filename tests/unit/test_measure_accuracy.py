@@ -180,6 +180,8 @@ def test_bad_data_is_refused_by_name(measure, data):
         measure(net, [])
     with pytest.raises(DataError, match=r"labels run from 0 to 9.*7 classes"):
         measure(net, [(x, y.clone().index_fill_(0, torch.tensor([5]), 9))])
+    with pytest.raises(DataError, match=r"labels of shape \(90, 1\) for 90 inputs"):
+        measure(net, [(x, y[:, None])])
     with pytest.raises(NumericError, match="on 1 of 90 samples"):
         measure(net, batches((x.index_fill(0, torch.tensor([5]), float("nan")), y)))
 

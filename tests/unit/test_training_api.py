@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 import sigmabranch as sb
-from sigmabranch.errors import CheckpointError, DataError
+from sigmabranch.errors import CheckpointError, ConfigError, DataError
 
 TREE = sb.TreeSpec(projection_dim=8)
 RECIPE = sb.FinetuneRecipe(epochs=1, lr=0.01, warmup_epochs=0)
@@ -39,6 +41,19 @@ def test_a_label_beyond_the_head_is_named(dense, batches):
     wrong = [(x, y + 3) for x, y in batches]
     with pytest.raises(DataError, match="labels reach from 3 to 7, the network has 5 classes"):
         sb.finetune(net, wrong, RECIPE, device="cpu")
+
+
+def test_a_recipe_for_dense_networks_is_refused(dense, batches):
+    with pytest.raises(ConfigError, match="takes a FinetuneRecipe, not a Recipe"):
+        sb.finetune(converted(dense, batches, 0), batches, sb.Recipe(), device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["half", "bfloat16", "double"])
+def test_routers_keep_every_bit_when_the_network_changes_its_numbers(dense, batches, kind):
+    net = converted(dense, batches, 0)
+    before = copy.deepcopy(net.routers.state_dict())
+    after = getattr(net, kind)().routers.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_halved_network_still_routes_in_float32(dense, batches):

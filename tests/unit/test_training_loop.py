@@ -9,7 +9,13 @@ import signal
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from sigmabranch.errors import (
     CheckpointError,
@@ -429,9 +435,9 @@ def test_signal_stops_at_a_step_with_a_checkpoint_and_handlers_return(
 
 
 def test_time_limit_stops_with_a_checkpoint(tmp_path, engine, samples):
-    plan = recipe()
+    plan, net = recipe(), dense_net()
     result = fit(
-        dense_net(),
+        net,
         DenseObjective(plan),
         batches(samples),
         plan,
@@ -441,6 +447,7 @@ def test_time_limit_stops_with_a_checkpoint(tmp_path, engine, samples):
     )
     assert not result.complete
     assert "time limit" in result.reason
+    assert not net.training
     assert loop.load_checkpoint(tmp_path).step == 1
 
 
@@ -506,6 +513,49 @@ def test_data_that_ends_early_is_refused(tmp_path, engine, samples):
     short = Short(DataLoader(TensorDataset(*samples), 8))
     with pytest.raises(DataError, match="7 of 9"):
         fit(dense_net(), DenseObjective(plan), short, plan, folder=tmp_path, engine=engine)
+
+
+def weighted(data, generator):
+    return WeightedRandomSampler(torch.ones(len(data)), len(data), generator=generator)
+
+
+@pytest.mark.parametrize("sampler", [RandomSampler, weighted])
+@pytest.mark.parametrize("batched", [False, True])
+def test_samplers_with_generators_of_their_own_draw_the_same_again(samples, sampler, batched):
+    data = TensorDataset(*samples)
+    order = sampler(data, generator=torch.Generator())
+    options = {"batch_sampler": BatchSampler(order, 8, False)} if batched else {"sampler": order}
+    source = LoaderBatches(DataLoader(data, 1 if batched else 8, **options), seed=2)
+    first, again, other = ([y for _, y, _ in source.epoch(number)] for number in (1, 1, 2))
+    assert all(map(torch.equal, first, again))
+    assert not all(map(torch.equal, first, other))
+
+
+def test_an_epoch_that_was_left_at_its_end_records_the_rate_of_its_last_step(
+    tmp_path, engine, samples, monkeypatch
+):
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    plan = recipe()
+
+    def run(folder, evaluate):
+        return fit(
+            dense_net(),
+            DenseObjective(plan),
+            batches(samples),
+            plan,
+            folder=folder,
+            engine=engine,
+            evaluate=evaluate,
+        ).history
+
+    def killed(net):
+        raise KeyboardInterrupt
+
+    whole = run(tmp_path / "whole", None)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "left", killed)
+    resumed = run(tmp_path / "left", None)
+    assert [row["lr"] for row in resumed] == [row["lr"] for row in whole]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -118,8 +118,14 @@ class Backbone:
         return nn.Sequential(copies)
 
     def specializer(self, paths: Iterable[str], plan: SlicePlan) -> nn.Sequential:
-        """A copy of the modules at ``paths`` as ``plan`` cuts them, and what it gathers before."""
+        """A copy of the modules at ``paths`` as ``plan`` cuts them, and what it gathers before.
+
+        None of its layers works in place, because its siblings read the same feature.
+        """
         section = self.section(paths, plan)
+        for module in section.modules():
+            if getattr(module, "inplace", False):
+                module.inplace = False  # type: ignore[assignment]
         if plan.gather is None:
             return section
         return nn.Sequential(OrderedDict(gathered=Gather(*plan.gather), **section._modules))

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from sigmabranch.backbones.base import Backbone
-from sigmabranch.backbones.forward import Step, parameter_count, steps_of, unheard
+from sigmabranch.backbones.forward import Step, parameter_count, steps_of
 from sigmabranch.backbones.pools import PoolByRank, channel_dim, pool_of
-from sigmabranch.coupling import evaluating
+from sigmabranch.coupling import evaluating, unheard
 from sigmabranch.errors import ConversionError
 
 # A network that changes its shape less often is uniform, and gets this many equal stages.

@@ -7,16 +7,16 @@ the glue between them has to be understood. A step ends wherever a single tensor
 from __future__ import annotations
 
 import inspect
-import io
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from sigmabranch.coupling import unheard
 from sigmabranch.errors import ConversionError
 
 # A black box with more than this share of the network's parameters is opened, if that gives cuts.
@@ -185,13 +185,6 @@ def _unmarked(model: nn.Module) -> Iterator[None]:
     finally:
         for name in set(vars(model)) - before:
             delattr(model, name)
-
-
-@contextmanager
-def unheard() -> Iterator[None]:
-    """Keep to ourselves what fx tells on stderr of a forward that fails."""
-    with redirect_stderr(io.StringIO()):
-        yield
 
 
 class _Outline(fx.Tracer):

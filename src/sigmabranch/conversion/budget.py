@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from math import sqrt
+from math import inf, sqrt
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,7 +62,9 @@ class Budget:
         def size(text: int | str) -> int:
             if str(text).strip().endswith("%"):
                 try:
-                    return int(float(str(text).strip()[:-1]) / 100 * dense_params * bits / 8)
+                    share = float(str(text).strip()[:-1]) / 100
+                    if 0 < share < inf:
+                        return int(share * dense_params * bits / 8)
                 except ValueError:
                     pass
             return byte_count(text)
@@ -179,7 +181,8 @@ def plan_budget(
         example: a legal input, (1, ...).
         budget: bytes of one path's parameters, such as ``"12MB"``, or ``"40%"`` of the dense.
         tree: leaves, projection and entry of the tree; two levels and four leaves if None. Cuts
-            that it names are kept, and heads are cut if it names shares of them.
+            that it names are kept, and heads are cut if it names shares of them; widths and shares
+            are solved anew.
         total: most bytes of all nodes.
         macs: most multiply-accumulates of a path's convolutions and linear layers.
         bits: of a parameter.

@@ -9,7 +9,7 @@ Shapes: B batch, C channels, K clusters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sigmabranch.conversion.shards import Loader, Shards
 from sigmabranch.errors import ConfigError, ConversionError, DataError, NumericError
+
+# Samples of a batch, from which on it is not joined with the next.
+_ENOUGH = 32
 
 
 def as_pair(batch: Any) -> tuple[Tensor, Tensor]:
@@ -50,7 +53,8 @@ def stream(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's batches among the first ``samples`` inputs and labels, on ``device``.
 
-    Where the loader gives no labels, these are as :func:`as_pair` says.
+    Where the loader gives no labels, these are as :func:`as_pair` says. Small batches are joined,
+    because a batch norm learns nothing from a sample alone.
 
     Raises:
         ConfigError: the loader can be read only once.
@@ -59,12 +63,33 @@ def stream(
     if iter(loader) is loader:
         raise ConfigError("the loader is used up after one pass: give a list or a DataLoader")
     empty = True
-    pairs = loader if hasattr(loader, "part") else map(as_pair, loader)
+    pairs = loader if hasattr(loader, "part") else _joined(map(as_pair, loader))
     for x, y in shards.own(pairs, samples):
         empty = False
         yield x.to(device), y.to(device)
     if empty and shards.world == 1:  # several notice when they meet
         raise DataError("the loader is empty: give at least one batch")
+
+
+def _joined(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of :data:`_ENOUGH` samples or more, as far as samples of one shape follow."""
+    waiting: list[tuple[Tensor, Tensor]] = []
+    for x, y in pairs:
+        if waiting and (x.shape[1:], y.shape[1:]) != tuple(part.shape[1:] for part in waiting[0]):
+            yield _together(waiting)
+            waiting = []
+        waiting.append((x, y))
+        if sum(len(x) for x, _ in waiting) >= _ENOUGH:
+            yield _together(waiting)
+            waiting = []
+    if waiting:
+        yield _together(waiting)
+
+
+def _together(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(pairs) == 1:
+        return pairs[0]
+    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
 class Moments:

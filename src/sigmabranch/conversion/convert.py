@@ -43,7 +43,7 @@ def convert(
     Args:
         dense: the network. Where it may be cut is found by its family's adapter or by following its
             forward; a :class:`~sigmabranch.backbones.Backbone` says it instead. It is read, never
-            changed.
+            changed. Of a network that is frozen as a whole the copies can be trained again.
         loader: (inputs, labels) batches without augmentation; read several times. Inputs alone will
             do, unless classes are clustered.
         tree: the tree, or what :func:`~sigmabranch.conversion.propose_tree` proposes, which the
@@ -181,7 +181,8 @@ def single_path(
     """One path without routers: the control that shows what routing is worth.
 
     It has the widths of ``tree`` and the channels that are strongest on average over all samples;
-    planes and checks are as in :func:`convert`, and all batch norms are re-estimated together.
+    planes, checks and fitted layer norms are as in :func:`convert`, and all batch norms are
+    re-estimated together.
 
     Returns:
         (B, ...) → (B, V) logits, in eval mode.
@@ -191,7 +192,8 @@ def single_path(
     growth.slim_trunk()
     everything = tuple(range(1, tree.depth + 1))
     lineage = growth.average_channels()
-    section, head, _ = growth.cut(lineage, everything)
+    section, head, plan = growth.cut(lineage, everything)
+    growth.fit_path(section, head, plan)
     network = nn.Sequential(growth.trunk, section, head)
 
     def run() -> None:

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sigmabranch.backbones import Backbone, Levels
 from sigmabranch.conversion.record import NodeChannels
@@ -221,7 +223,8 @@ class Cutter:
         """Relative error of a cut section against the masked dense network.
 
         Raises:
-            ConversionError: it exceeds what rounding explains.
+            ConversionError: it exceeds what rounding explains, or the section writes into what it
+                is given.
         """
         entry = self.outputs[levels[0] - 1]
         feature = example
@@ -230,7 +233,7 @@ class Cutter:
         return verify_slice(
             self.backbone.model,
             [path for level in levels for path in self.levels.levels[level - 1]],
-            section,
+            _ReadOnly(section, self.levels.levels[levels[0] - 1][0]),
             feature,
             coupling=self.coupling,
             keep=self._keep(lineage),
@@ -267,3 +270,22 @@ class Cutter:
             for inner, positions in channels.inner.items():
                 keep[inner] = self.coupling.space(inner).units[positions]
         return keep
+
+
+class _ReadOnly(nn.Module):
+    """Runs a section, and refuses one that writes into what it is given: its siblings read that."""
+
+    def __init__(self, section: nn.Module, begins: str) -> None:
+        super().__init__()
+        self.section, self.begins = section, begins
+
+    def forward(self, feature: Any) -> Any:
+        given = [leaf for leaf in pytree.tree_leaves(feature) if isinstance(leaf, Tensor)]
+        before = [tensor._version for tensor in given]
+        output = self.section(feature)
+        if before != [tensor._version for tensor in given]:
+            raise ConversionError(
+                f"{self.begins} changes its input in place, which several branches would read: "
+                "write it without the in-place operation, or cut elsewhere"
+            )
+        return output

@@ -59,7 +59,7 @@ class Growth:
         progress: Progress | None,
     ) -> None:
         device = torch.device(device or next(backbone.model.parameters()).device)
-        self.backbone = replace(backbone, model=copy.deepcopy(backbone.model).eval().to(device))
+        self.backbone = replace(backbone, model=_trainable(backbone.model).eval().to(device))
         _check_pairs(tree, spec)
         self.loader, self.tree, self.spec = loader, tree, spec
         self.device, self.shards, self.progress = device, shards, progress
@@ -137,7 +137,7 @@ class Growth:
         for node in nodes:
             channels = self._router_channels(node)
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self._seed(node))
+                torch.default_generator.manual_seed(self._seed(node))
                 router = Router(
                     channels,
                     copy.deepcopy(self.backbone.pool),
@@ -362,29 +362,52 @@ class Growth:
     def fit_norms(self, depth: int) -> None:
         """Fit the layer norms that lost channels, for the nodes at ``depth``, on their samples."""
         fits = {
-            node: self._cut_norms(node) for node in self.tree.specializers if len(node) == depth
+            node: self._cut_norms(
+                self.tree.levels_of(node),
+                self.walk.specializers[node],
+                self.heads.get(node),
+                self.plans[node],
+            )
+            for node in self.tree.specializers
+            if len(node) == depth
         }
+
+        def reaching(x: Tensor, y: Tensor) -> dict[NodeId, Tensor]:
+            return {node: rows for node, _, rows in self.walk.entries(x, y, depth)}
+
+        self._fit(f"layer norms of level {depth}", fits, reaching)
+
+    def fit_path(self, section: nn.Module, head: nn.Module, plan: SlicePlan) -> None:
+        """The same for one path from the trunk to its head, which all samples take."""
+        fits = self._cut_norms(range(1, self.tree.depth + 1), section, head, plan)
+        self._fit("layer norms", {(): fits}, lambda x, _: {(): torch.arange(len(x)).to(x.device)})
+
+    def _fit(
+        self,
+        what: str,
+        fits: Mapping[NodeId, Sequence[NormFit]],
+        reaching: Callable[[Tensor, Tensor], Mapping[NodeId, Tensor]],
+    ) -> None:
+        """Fit the norms of every node on the rows of each batch that reach it."""
         paths = [fit.path for fit in chain.from_iterable(fits.values())]
         most = self.spec.norm_samples
         if self.spec.affine_samples is not None:
             most = self.spec.affine_samples
         if not paths or not most:
             return
-        for x, y in self.stream(f"layer norms of level {depth}", min(self.spec.samples, most)):
-            rows = {node: rows for node, _, rows in self.walk.entries(x, y, depth)}
-            with listening(self.backbone, paths, partial(_fit, fits, rows)):
+        for x, y in self.stream(what, min(self.spec.samples, most)):
+            with listening(self.backbone, paths, partial(_count, fits, reaching(x, y))):
                 self.backbone.model(x)
         for fit in chain.from_iterable(fits.values()):
             fit.finished(self.shards)
 
-    def _cut_norms(self, node: NodeId) -> list[NormFit]:
-        paths = [
-            path for level in self.tree.levels_of(node) for path in self.levels.levels[level - 1]
-        ]
-        found = cut_norms(self.backbone, paths, self.walk.specializers[node], self.plans[node])
-        if node in self.heads:
-            head = self.backbone.head
-            found += cut_norms(self.backbone, head, self.heads[node], self.plans[node])
+    def _cut_norms(
+        self, levels: Sequence[int], section: nn.Module, head: nn.Module | None, plan: SlicePlan
+    ) -> list[NormFit]:
+        paths = [path for level in levels for path in self.levels.levels[level - 1]]
+        found = cut_norms(self.backbone, paths, section, plan)
+        if head is not None:
+            found += cut_norms(self.backbone, self.backbone.head, head, plan)
         return found
 
     def finished(self) -> SigmaBranchNet:
@@ -423,11 +446,20 @@ class Growth:
         return self.spec.seed * 100_003 + number
 
 
+def _trainable(model: nn.Module) -> nn.Module:
+    """A copy; of a network that is frozen as a whole, as a teacher is, one that can learn."""
+    model = copy.deepcopy(model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+    return model
+
+
 def _generator(seed: int, level: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed + level)
 
 
-def _fit(
+def _count(
     fits: Mapping[NodeId, Sequence[NormFit]],
     rows: Mapping[NodeId, Tensor],
     path: str,

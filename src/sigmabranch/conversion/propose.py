@@ -241,7 +241,7 @@ def _router(backbone: Backbone, tree: TreeSpec, feature: Any, seed: int) -> Rout
     """A router for such features, its projection drawn by the seed."""
     pooled_BC = backbone.pool(feature)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         router = Router(pooled_BC.shape[1], copy.deepcopy(backbone.pool), tree)
     return router.eval().to(pooled_BC.device)
 

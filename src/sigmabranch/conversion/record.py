@@ -72,6 +72,8 @@ class ConversionSpec:
             raise ConfigError(f"shared_fraction must be in [0, 1], got {self.shared_fraction}")
         if self.samples < 1 or self.restarts < 1 or self.norm_samples < 0:
             raise ConfigError("samples and restarts must be positive, norm_samples not negative")
+        if self.affine_samples is not None and self.affine_samples < 0:
+            raise ConfigError(f"affine_samples must not be negative, got {self.affine_samples}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""

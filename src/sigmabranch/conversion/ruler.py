@@ -6,7 +6,7 @@ on how many units of one group are kept. So a table per axis answers for all wid
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from math import prod
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from sigmabranch.conversion.cut import Cutter
-from sigmabranch.tree import TreeSpec
+from sigmabranch.errors import ConversionError
+from sigmabranch.tree import NodeId, TreeSpec
 
 #: A group of units: the outputs of a level, or an inner group by its first tensor.
 Group: TypeAlias = int | str
@@ -29,8 +30,8 @@ class Sizes:
     Attributes:
         active_params: parameters of one path, its routers included; of the longest, if they differ.
         total_params: parameters of all nodes.
-        macs: multiply-accumulates of one path's convolutions and linear layers; products of
-            activations with each other, as in attention, are not counted.
+        macs: multiply-accumulates of one path's convolutions and linear layers, of the most if
+            they differ; products of activations with each other, as in attention, are not counted.
     """
 
     active_params: int
@@ -51,6 +52,9 @@ class Ruler:
         positions: weight → how many positions of the output it is applied at
             (:func:`applications`).
         tables: what rulers of the same network have counted already, and this one adds to.
+
+    Raises:
+        ConversionError: the tree decides after a module that its trunk lacks.
     """
 
     def __init__(
@@ -69,37 +73,55 @@ class Ruler:
         self._space_of_unit = self._spaces()
         self._output_spaces = [cutter.coupling.space_of_output(end).name for end in cutter.outputs]
         backbone, levels = cutter.backbone, cutter.levels
-        self._trunk = self._tensors(levels.trunk, 0)
-        self._levels = [self._tensors(paths, level) for level, paths in enumerate(levels.levels, 1)]
-        self._head = self._tensors(backbone.head, tree.depth)
+        parts = enumerate((levels.trunk, *levels.levels))
+        self._parts = [self._tensors(paths, level) for level, paths in parts]
+        self._parts.append(self._tensors(backbone.head, tree.depth))
+        self._early = self._read_early(tree.decide_after)
 
     def sizes(self, tree: TreeSpec) -> Sizes:
         """Sizes of ``tree``, which has widths and shares for every level."""
-        kept = [self._kept(tree, level) for level in range(tree.depth + 1)]
-        level_costs = [self._cost(self._trunk, kept[0])] + [
-            self._cost(tensors, kept[level]) for level, tensors in enumerate(self._levels, start=1)
-        ]
-        head_params, head_macs = self._cost(self._head, kept[-1])
-        widths = [self.channels[0], *(tree.widths or ())]
-        routers = {
-            node: _router_params(widths[len(node)], tree, len(tree.children(node)))
-            for node in tree.inner
-        }
-        node_params = {(): level_costs[0][0]} | {
-            node: sum(level_costs[level][0] for level in tree.levels_of(node))
-            for node in tree.specializers
-        }
-        active = max(
-            sum(node_params[leaf[:length]] for length in range(len(leaf) + 1))
-            + sum(routers[leaf[:length]] for length in range(len(leaf)))
-            for leaf in tree.leaves
-        )
-        total = sum(node_params.values()) + sum(routers.values()) + len(tree.leaves) * head_params
+        cost = cache(partial(self._cost, tree))  # many nodes keep the same
+        inner, leaves = set(tree.inner), set(tree.leaves)
+        params: dict[NodeId, int] = {}
+        macs: dict[NodeId, int] = {}
+        for node in ((), *tree.specializers):
+            outputs = self._outputs_kept(tree, node)
+            parts = [cost(level, outputs[: level + 1]) for level in tree.levels_of(node)]
+            if node in leaves:
+                parts.append(cost(tree.depth + 1, outputs))
+            params[node], macs[node] = map(sum, zip(*parts, strict=True))
+            if node in inner:
+                params[node] += self._router_params(tree, node, outputs)
+        paths = [[leaf[:length] for length in range(len(leaf) + 1)] for leaf in tree.leaves]
         return Sizes(
-            active_params=active + head_params,
-            total_params=total,
-            macs=sum(macs for _, macs in level_costs) + head_macs,
+            active_params=max(sum(params[node] for node in path) for path in paths),
+            total_params=sum(params.values()),
+            macs=max(sum(macs[node] for node in path) for path in paths),
         )
+
+    def _outputs_kept(self, tree: TreeSpec, node: NodeId) -> tuple[int, ...]:
+        """Units kept of the outputs of the trunk and of every level down to the node's last."""
+        kept = [self.units[0]]
+        for length in range(1, len(node) + 1):
+            levels = tree.levels_of(node[:length])
+            for level in levels:
+                width = (tree.widths or ())[level - 1]
+                wanted = max(1, width * self.units[level] // self.channels[level])
+                if self.cutter.entries[level - 1] == "gather":
+                    # There is no more than what came in, and a node gathers once.
+                    wanted = min(wanted, kept[-1]) if level == levels[0] else kept[-1]
+                kept.append(wanted)
+        return tuple(kept)
+
+    def _router_params(self, tree: TreeSpec, node: NodeId, outputs: tuple[int, ...]) -> int:
+        """Projection, layer norm and gate of a router (paper, eq. 1)."""
+        latent, branches = tree.projection_dim, len(tree.children(node))
+        if self._early is not None:
+            channels = self._early.left(self._kept(tree, 0, outputs[:1]))
+        else:
+            level = len(node)
+            channels = outputs[level] * self.channels[level] // self.units[level]
+        return latent * (channels + 1) + 2 * latent + branches * (latent + 1)
 
     # What is kept of an axis, by what is kept of its group.
 
@@ -112,12 +134,9 @@ class Ruler:
             table[space.units] = number
         return table
 
-    def _kept(self, tree: TreeSpec, level: int) -> dict[Group, int]:
+    def _kept(self, tree: TreeSpec, level: int, outputs: Sequence[int]) -> dict[Group, int]:
         """Units kept of every group that the modules of a level see."""
-        kept: dict[Group, int] = {0: self.units[0]}
-        for before in range(1, level + 1):
-            width = (tree.widths or ())[before - 1]
-            kept[before] = max(1, width * self.units[before] // self.channels[before])
+        kept: dict[Group, int] = dict(enumerate(outputs))
         if level:
             share = (tree.shares or ())[level - 1]
             heads = tree.heads[level - 1] if tree.heads else None
@@ -127,6 +146,18 @@ class Ruler:
         elif tree.trunk_share is not None:
             kept.update(self.cutter.inner_kept(self.cutter.levels.trunk, tree.trunk_share))
         return kept
+
+    def _read_early(self, after: str | None) -> _Axis | None:
+        """The channels that all routers read where the tree decides inside the trunk."""
+        if after is None:
+            return None
+        if after not in self.cutter.levels.trunk:
+            raise ConversionError(
+                f"tree decide_after={after!r} is no module of the trunk: choose from "
+                f"{', '.join(self.cutter.levels.trunk)}"
+            )
+        units = self.cutter.coupling.output_axis(after).units
+        return self._axis((after, 0), units, len(units), 0)
 
     def _tensors(self, paths: Sequence[str], level: int) -> list[tuple[str, list[_Axis]]]:
         """Every parameter of the modules at ``paths``, with the table of each of its axes."""
@@ -169,11 +200,11 @@ class Ruler:
             groups.insert(0, (level, ends))
         return [(group, members) for group, members in groups if len(members)]
 
-    def _cost(
-        self, tensors: Iterable[tuple[str, list[_Axis]]], kept: dict[Group, int]
-    ) -> tuple[int, int]:
+    def _cost(self, tree: TreeSpec, level: int, outputs: tuple[int, ...]) -> tuple[int, int]:
+        """Parameters and MACs of a level's modules; of the trunk at 0, of the head after all."""
+        kept = self._kept(tree, min(level, tree.depth), outputs)
         params = macs = 0
-        for name, axes in tensors:
+        for name, axes in self._parts[level]:
             left = prod(axis.left(kept) for axis in axes)
             params += left
             macs += left * self.positions.get(name, 0)
@@ -197,12 +228,6 @@ def _table(units: Tensor, group: Tensor) -> list[int]:
     member = group[rank] == units
     counts = torch.bincount(rank[member], minlength=len(group)).cumsum(0)
     return [0, *counts.tolist()]
-
-
-def _router_params(channels: int, tree: TreeSpec, branches: int) -> int:
-    """Projection, layer norm and gate of a router (paper, eq. 1)."""
-    latent = tree.projection_dim
-    return latent * (channels + 1) + 2 * latent + branches * (latent + 1)
 
 
 def applications(model: nn.Module, example: Tensor) -> dict[str, int]:

@@ -9,7 +9,7 @@ from sigmabranch.coupling.readers import Reader, last_reader
 from sigmabranch.coupling.scores import channel_mean_to_unit, unit_scores_l1
 from sigmabranch.coupling.trace import evaluating, trace
 from sigmabranch.coupling.verify import TOLERANCE, masked_state, verify_slice
-from sigmabranch.coupling.written import WRITTEN
+from sigmabranch.coupling.written import WRITTEN, unheard
 
 __all__ = [
     "TOLERANCE",
@@ -28,6 +28,7 @@ __all__ = [
     "masked_state",
     "plan_slices",
     "trace",
+    "unheard",
     "unit_scores_l1",
     "verify_slice",
 ]

@@ -97,7 +97,8 @@ def verify_slice(
     with torch.no_grad(), evaluating(dense, sliced):
         found = _run_sliced(sliced, gathered, where)
         for roles in (SOURCE, READERS):
-            expected = _run_masked(dense, paths, muted, coupling, keep, roles)
+            given = pytree.tree_map_only(Tensor, Tensor.clone, muted)  # it may work in place
+            expected = _run_masked(dense, paths, given, coupling, keep, roles)
             expected = _on_channels(_gather, expected, exit_axes, dropped)
             error = _relative_error(found, expected, where)
             if error <= TOLERANCE:
@@ -131,6 +132,8 @@ def _run_masked(
 def _run_sliced(sliced: nn.Module, feature: Any, where: str) -> Any:
     try:
         return _precise(sliced)(feature)
+    except ConversionError:
+        raise
     except Exception as error:  # the forward is foreign code and may fail in any way
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConversionError(

@@ -8,8 +8,9 @@ first, until the groups are found without which everything else runs; these are 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -166,7 +167,8 @@ class _Section:
         given = self._given.without(dropped_units(self._coupling, keep))
         with _cut(self._model, plan):
             try:
-                self._module(*given.arguments, **given.named)
+                with unheard():
+                    self._module(*given.arguments, **given.named)
             except Exception:  # the forward is foreign code and may fail in any way
                 return False
         return True
@@ -178,6 +180,13 @@ def _all_but_one(units: int) -> int:
 
 def _half(units: int) -> int:
     return units // 2
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Keep to ourselves what fx tells on stderr of a forward that fails."""
+    with redirect_stderr(io.StringIO()):
+        yield
 
 
 @contextmanager

@@ -286,4 +286,8 @@ def _one_leaf_each(class_leaf: Sequence[int], right_VL: Tensor) -> Tensor:
 def _on_device(model: nn.Module, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
     device = next(model.parameters()).device
     for x, y in batches:
+        if y.shape != x.shape[:1]:
+            raise DataError(
+                f"labels of shape {tuple(y.shape)} for {len(x)} inputs: give one integer each"
+            )
         yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)

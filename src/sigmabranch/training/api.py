@@ -15,6 +15,7 @@ from torch import nn
 from sigmabranch.conversion import class_targets
 from sigmabranch.conversion.shards import Loader
 from sigmabranch.coupling import fingerprint
+from sigmabranch.errors import ConfigError
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.training.batches import LoaderBatches
 from sigmabranch.training.engine import FabricEngine
@@ -35,10 +36,10 @@ def train(
             give inputs alone where there is a teacher and ``recipe.distill_weight`` is 1.
         recipe: how; the paper's CIFAR-100 setting if None.
         options: ``folder`` (for checkpoints and metrics.csv: the same call continues a stopped
-            run; without it nothing is kept), ``device``, ``teacher``, ``labels`` (False ignores
-            those that the loader gives), and ``accumulate``, ``seed``, ``evaluate``, ``progress``,
-            ``max_minutes``, ``resume`` of :func:`~sigmabranch.training.loop.fit`, which also lists
-            the errors raised.
+            run; without it nothing is kept), ``device``, ``teacher`` (put on the device and into
+            evaluation mode), ``labels`` (False ignores those that the loader gives), and
+            ``accumulate``, ``seed``, ``evaluate``, ``progress``, ``max_minutes``, ``resume`` of
+            :func:`~sigmabranch.training.loop.fit`, which also lists the errors raised.
     """
     recipe = recipe or Recipe()
     objective = DenseObjective(recipe, options.pop("teacher", None))
@@ -59,6 +60,8 @@ def finetune(
             distribution takes the label's place in equation 6; label smoothing is then unused.
     """
     recipe = recipe or FinetuneRecipe()
+    if not isinstance(recipe, FinetuneRecipe):
+        raise ConfigError(f"fine-tuning takes a FinetuneRecipe, not a {type(recipe).__name__}")
     objective = BranchedObjective(recipe, options.pop("teacher", None), class_targets(net.record))
     return _fit(net, objective, loader, recipe, **options)
 

@@ -42,10 +42,11 @@ class LoaderBatches:
     A batch is a pair (x, y), or x alone; :func:`~sigmabranch.conversion.calibrate.has_labels` then
     says no to the labels of its share.
 
-    The loader's own generator, if it has one, is seeded at each epoch and the global one there
-    and before each batch, so that shuffling and augmentation are the same after a resume and in
-    every process. Skipped batches are loaded and dropped. With several processes each takes its
-    rows of every batch.
+    The generators of the loader and of its samplers, where they have one, are seeded at each epoch
+    and the global one there and before each batch, so that shuffling and augmentation are the same
+    after a resume and in every process. Not so where augmentation draws from Python's or numpy's
+    generators in this process, or in workers that persist from epoch to epoch. Skipped batches
+    are loaded and dropped. With several processes each takes its rows of every batch.
 
     Args:
         loader: yields batches; its length is their number.
@@ -93,8 +94,7 @@ class LoaderBatches:
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Share]:
         """Yield the shares of epoch ``number``, beginning with step ``start``."""
-        generator = getattr(self.loader, "generator", None)
-        if generator is not None:
+        for generator in self._generators():
             generator.manual_seed(derive_seed(self.seed, number))
         set_epoch = getattr(getattr(self.loader, "sampler", None), "set_epoch", None)
         if set_epoch is not None:
@@ -111,6 +111,14 @@ class LoaderBatches:
                 if index == start:
                     self._check_same(y if has_labels(y) else x)
                 yield Share(self._own(x), self._own(y), len(y))
+
+    def _generators(self) -> list[torch.Generator]:
+        """Those from which the loader and its samplers draw."""
+        batch_sampler = getattr(self.loader, "batch_sampler", None)
+        samplers = [getattr(part, "sampler", None) for part in (self.loader, batch_sampler)]
+        drawing = [self.loader, batch_sampler, *samplers]
+        found = [getattr(part, "generator", None) for part in drawing]
+        return [generator for generator in found if isinstance(generator, torch.Generator)]
 
     def _own(self, rows: Tensor) -> Tensor:
         mine = own_rows(rows, self.shards.rank, self.shards.world)

@@ -14,7 +14,13 @@ from sigmabranch.errors import CheckpointError, MemoryExhausted, NumericError
 from sigmabranch.training.engine import Engine
 from sigmabranch.training.memory import largest_fitting, out_of_memory
 from sigmabranch.training.objectives import Objective, StepOutput
-from sigmabranch.training.optim import NodeScale, build_average, build_optimizer, build_schedule
+from sigmabranch.training.optim import (
+    NodeScale,
+    build_average,
+    build_optimizer,
+    build_schedule,
+    lr_factor,
+)
 from sigmabranch.training.passes import Pass, split_share, weighted_sum
 from sigmabranch.training.recipe import Recipe
 
@@ -56,6 +62,7 @@ class Learner:
     ) -> None:
         self._model, self._objective, self._recipe = model, objective, recipe
         self._engine, self._pass_size, self._seed = engine, pass_size, seed
+        self._steps_per_epoch = steps_per_epoch
         self._total_steps = steps_per_epoch * recipe.epochs
         self.step, self.lr = 0, recipe.lr
 
@@ -118,6 +125,10 @@ class Learner:
         if self._average is not None:
             self._model.load_state_dict(self._average.module.state_dict())
         self._engine.unify(self._model)
+        self.rest()
+
+    def rest(self) -> None:
+        """Put the network into evaluation mode."""
         self._model.eval()
 
     def check_finite(self) -> None:
@@ -160,6 +171,7 @@ class Learner:
                 f"the checkpoint does not fit this network: {what[:200]}; use another folder"
             ) from error
         self.step = step
+        self.lr = self._recipe.lr * lr_factor(self._recipe, max(step - 1, 0), self._steps_per_epoch)
 
     def _outputs(self, passes: Sequence[Pass]) -> list[StepOutput] | None:
         """Add the gradients of all passes; None if memory ran out, which frees what they held."""

@@ -194,6 +194,7 @@ class _Run:
             self.learner.finish()
         else:
             self.save()
+            self.learner.rest()
         self.engine.barrier()
         self.emit("end", message="" if complete else reason)
         return FitResult(
