@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sigmabranch import files
-from sigmabranch.archive import MANIFEST, fill, read_manifest, write_archive
+from sigmabranch.archive import MANIFEST, fill, read_document, read_manifest, write_archive
 from sigmabranch.backbones import OWN, Backbone, build, rebuilt, source_of
 from sigmabranch.coupling import SlicePlan
 from sigmabranch.errors import (
@@ -27,6 +26,13 @@ from sigmabranch.errors import (
 from sigmabranch.net import RECORD, SigmaBranchNet
 from sigmabranch.routing import Router
 from sigmabranch.tree import NodeId, TreeSpec, node_key
+
+# What building a network raises where a manifest asks for one that cannot be.
+_MISFITS = (
+    *(ConfigError, ConversionError),
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
 
 
 def save_dense(
@@ -52,7 +58,7 @@ def load_net(folder: Path | str, skeleton: nn.Module | Backbone | None = None) -
     folder = Path(folder)
     manifest = read_manifest(folder, "branched")
     net = net_skeleton(manifest, folder, skeleton)
-    net.record = files.read_json(folder / RECORD)
+    net.record = read_document(folder / RECORD)
     fill(net, folder)
     return net.eval()
 
@@ -73,7 +79,7 @@ def _described(folder: Path) -> Iterator[None]:
     """Building from a manifest: whatever does not fit together is the manifest's fault."""
     try:
         yield
-    except (ConfigError, ConversionError, AttributeError, KeyError, TypeError) as error:
+    except _MISFITS as error:
         reason = str(error) if isinstance(error, SigmaBranchError) else repr(error)
         raise CheckpointError(
             f"{folder / MANIFEST} does not describe this network: {reason}"
@@ -109,7 +115,9 @@ def dense_skeleton(
 
 
 def _refuse_unknown(manifest: Mapping[str, Any], folder: Path) -> None:
-    if (manifest.get("source") or {}).get("builder", OWN) == OWN:
+    with _described(folder):
+        builder = (manifest.get("source") or {}).get("builder", OWN)
+    if builder == OWN:
         raise CheckpointError(
             f"{folder} was made from a network of your own: pass one of the same shape "
             "as skeleton: sb.load(folder, skeleton=…)"

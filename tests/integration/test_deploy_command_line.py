@@ -17,8 +17,9 @@ from shell import ENVIRONMENT
 from sigmabranch.conversion import blueprint
 from sigmabranch.deploy import Package, Runtime
 from sigmabranch.saving import load_net, save_dense
-from sigmabranch.tasks import find_task
+from sigmabranch.tasks import find_task, open_task_data
 from sigmabranch.tasks.counting import example
+from sigmabranch.tree import node_key
 
 pytestmark = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("sklearn", "PIL", "lightning_fabric", "jinja2")),
@@ -72,7 +73,7 @@ def test_pack_says_what_one_input_reads_and_where_inputs_go(packed):
     assert package.notes["classes"] == list("0123456789")
 
 
-def test_predict_gives_what_the_network_says_and_a_trace(shell, folder, packed):
+def test_predict_gives_what_the_network_says_and_a_trace(shell, task, folder, packed):
     path, _ = packed
     arguments = ("--sample", 0, "--sample", 1, "--budget", "1MB", "--json")
     done = shell.run("predict", path, *arguments)
@@ -82,7 +83,16 @@ def test_predict_gives_what_the_network_says_and_a_trace(shell, folder, packed):
     assert result["peak_bytes"] <= result["budget"] == 10**6
     first = result["inputs"][0]
     assert len(first["top"]) == 5 and first["trace"]["bytes_read"] > 0
-    load_net(folder / "net")
+    net = load_net(folder / "net")
+    test = open_task_data(task, None, torch.device("cpu")).test
+    x, _ = next(iter(test.batches(torch.tensor([0, 1]), 2)))
+    with torch.no_grad():
+        expected = net.hard(x)
+    for number, row in enumerate(result["inputs"]):
+        probability, label = expected.logits[number].softmax(0).max(0)
+        assert row["leaf"] == node_key(net.tree.leaves[expected.leaf[number]])
+        assert row["top"][0]["class"] == str(int(label))
+        assert row["top"][0]["probability"] == pytest.approx(float(probability), 1e-3)
     text = shell.run("predict", path, "--sample", 0)
     assert first["top"][0]["class"] in text.out and f"leaf {first['leaf']}" in text.out
 
@@ -145,10 +155,15 @@ def test_a_picture_of_any_size_is_scaled_to_the_network(shell, tmp_path):
         (["predict", "{package}", "--sample", "0", "--budget", "1KB"], "at least"),
         (["predict", "{package}", "--sample", "0", "--budget", "lots"], "is no size"),
         (["predict", "{package}", "x.png"], "reads no pictures"),
+        (
+            ["predict", "{package}", "--sample", "0", "--engine", "onnx", "--no-prefetch"],
+            "leave out --no-prefetch",
+        ),
         (["predict", "{folder}/net", "--sample", "0"], "belongs to no package"),
         (["predict", "{folder}/nothing", "--sample", "0"], "holds no package"),
         (["pack", "{folder}/package"], "was not written by sigmabranch"),
         (["pack", "{folder}/nothing"], "holds no saved network"),
+        (["pack", "{folder}/net", "--out", "{folder}/net"], "would be lost: choose another"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(shell, folder, packed, arguments, said):

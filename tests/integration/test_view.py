@@ -270,8 +270,9 @@ def test_a_picture_of_any_size_is_run_and_shown_as_the_network_sees_it(picture_p
         (encoded("PNG")[:40] if find_spec("PIL") else b"", "the upload"),
         (b"\xff\xd8\xff" + bytes(100), "the upload"),
         (encoded("PNG", (10_000, 5_001)) if find_spec("PIL") else b"", "pixels"),
+        (encoded("PNG", (20_000, 1)) if find_spec("PIL") else b"", "the upload has 20000 x 1"),
     ],
-    ids=["empty", "text", "postscript", "cut", "fake", "huge"],
+    ids=["empty", "text", "postscript", "cut", "fake", "huge", "strip"],
 )
 def test_what_is_no_picture_is_refused_in_one_line(picture_port, body, words):
     answer = ask(picture_port, "POST", "/picture", body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import sigmabranch as sb
 from conftest import randomise
-from sigmabranch.backbones import as_backbone
+from sigmabranch.backbones import Backbone, as_backbone
 from sigmabranch.errors import CheckpointError, ConfigError, ConversionError
 
 
@@ -333,3 +334,14 @@ def test_a_network_of_pairs_is_refused_by_the_name_of_its_blocks():
     with pytest.raises(ConversionError, match=r"blocks\.0 hands on several tensors") as caught:
         as_backbone(Paired(), torch.randn(1, 3, 8, 8))
     assert "\n" not in str(caught.value)
+
+
+def test_modules_whose_copies_would_share_a_name_are_refused():
+    model = nn.Sequential(
+        OrderedDict(
+            a=nn.Sequential(nn.Linear(4, 4)), a_0=nn.Linear(4, 4), b=nn.Linear(4, 4),
+            head=nn.Linear(4, 2),
+        )
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"the copies of a\.0 and a_0 would share a name"):
+        Backbone(model=model, chain=("a.0", "a_0", "b"), stages=("b",), head=("head",))

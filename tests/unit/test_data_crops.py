@@ -12,6 +12,8 @@ import torch
 Image = pytest.importorskip("PIL.Image")
 from sigmabranch.data import crops  # noqa: E402
 from sigmabranch.data.decode import Picture  # noqa: E402
+from sigmabranch.data.single import picture_input  # noqa: E402
+from sigmabranch.errors import DataError  # noqa: E402
 
 
 def picture(pixels: np.ndarray, kind: str = "PNG") -> Picture:
@@ -126,3 +128,14 @@ def test_extreme_images_have_a_box_and_crops(size: tuple[int, int]) -> None:
         for side in (1, 16):
             assert crops.random_crop(thin, side, 0).shape == (3, side, side)
         assert crops.centre_crop(thin, 16).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("size", [(101, 1), (2, 201)])
+def test_a_strip_is_no_input_of_a_network(size, tmp_path) -> None:
+    """Scaled to the network's size, a small file of one would take gigabytes."""
+    width, height = size
+    Image.new("RGB", size).save(tmp_path / "strip.png")
+    with pytest.raises(DataError, match=f"has {width} x {height} pixels: give a picture whose"):
+        picture_input("imagenet", tmp_path / "strip.png", 16)
+    Image.new("RGB", (100, 1)).save(tmp_path / "thin.png")
+    assert picture_input("imagenet", tmp_path / "thin.png", 16).shape == (1, 3, 16, 16)

@@ -107,6 +107,20 @@ def test_a_system_without_memory_is_an_error_for_that_input(case, monkeypatch):
         torch.testing.assert_close(found, expected.logits[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("fault", [MemoryError(), OverflowError("too far"), TypeError("not int")])
+def test_a_loader_that_fails_says_so_to_every_input(case, monkeypatch, fault):
+    package, x, _ = case
+
+    def failing():
+        raise fault
+
+    with Runtime.open(package.folder) as runtime:
+        monkeypatch.setattr(runtime._residency, "due", failing)
+        for _ in range(2):
+            with pytest.raises(StorageError, match=r"the loader has failed: .*open the package"):
+                runtime.predict(x[0])
+
+
 def no_memory(*_):
     raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 

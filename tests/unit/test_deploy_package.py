@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -12,14 +13,25 @@ from safetensors.torch import load_file
 from torch import nn
 
 from conftest import randomise
-from sigmabranch.backbones import PointNet2, PointNet2Spec, ResNet, ResNetSpec
+from sigmabranch.archive import sealed
+from sigmabranch.backbones import (
+    Backbone,
+    GlobalAveragePool,
+    PointNet2,
+    PointNet2Spec,
+    ResNet,
+    ResNetSpec,
+)
 from sigmabranch.conversion import blueprint
 from sigmabranch.deploy.blocks import folded_nodes
 from sigmabranch.deploy.fold import fold, foldable
 from sigmabranch.deploy.package import Package, pack
+from sigmabranch.deploy.runtime import Runtime
 from sigmabranch.deploy.storage import PAGE
-from sigmabranch.errors import CheckpointError, ConversionError
+from sigmabranch.errors import CheckpointError, ConfigError, ConversionError
 from sigmabranch.tree import TreeSpec
+
+EXAMPLE = torch.zeros(1, 1, 8, 8)
 
 
 @pytest.fixture(scope="module")
@@ -228,25 +240,62 @@ def test_missing_truncated_and_foreign_files_are_refused(folder, dense, tmp_path
 
 def rewritten(folder, change):
     """The manifest with a change and a hash that fits it, as a tamperer would write it."""
-    from sigmabranch.deploy.package import _own_hash
-
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest.pop("sha256")
     change(manifest)
-    manifest["sha256"] = _own_hash(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
+
+
+def refused(load, *arguments) -> str:
+    """The message of the one-line :class:`CheckpointError` that loading ends with."""
+    with pytest.raises(CheckpointError) as caught:
+        load(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def swap_names(manifest):
+    """The names of a body's block and of the router after it."""
+    first, *_, last = manifest["nodes"][1]["blocks"]
+    first["name"], last["name"] = last["name"], first["name"]
+
+
+def first_tensor(manifest):
+    return manifest["nodes"][1]["blocks"][0]["tensors"][0]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda m: m["nodes"][1].update(file=5), "node file must be str, got 5"),
+        (lambda m: m["nodes"][1].update(bytes="9"), "node bytes must be int"),
+        (lambda m: m["nodes"][1].update(owner="me"), "unknown node key 'owner'"),
+        (lambda m: m["nodes"][1].update(blocks=[]), "node 0 has no such blocks"),
+        (lambda m: m["nodes"][1].update(decides_after=-1), "node 0 has no such blocks"),
+        (lambda m: m["nodes"][1]["blocks"][0].update(crc32=None), "block crc32 must be int"),
+        (lambda m: m["nodes"][1]["blocks"][0].update(bytes=2.5), "block bytes must be int"),
+        (lambda m: m["nodes"][1]["blocks"][0].update(macs=-1), "-1 multiply-adds"),
+        (lambda m: m["nodes"][1]["blocks"].reverse(), "the blocks of node 0 are not its file"),
+        (lambda m: m["nodes"][1]["blocks"].pop(), "the blocks of node 0 are not its file"),
+        (lambda m: m["nodes"].append({**m["nodes"][-1], "key": "2"}), "not those of its tree"),
+        (lambda m: m["nodes"].pop(), "not those of its tree"),
+        (lambda m: m["nodes"].append(m["nodes"][-1]), "not those of its tree"),
+        (lambda m: m["network"].pop("tree"), "damaged: KeyError"),
+        (lambda m: m.update(network=[]), "network must be dict"),
+        (lambda m: m.update(usage=[0.5]), "usage must be dict"),
+        (lambda m: m.update(usage={"0-0": "often"}), "must be a share of inputs, got 'often'"),
+        (lambda m: m.update(usage={"0-0": -1}), "must be a share of inputs, got -1"),
+        (lambda m: m.update(usage={"0": 1.0}), "usage names '0': the leaves are 0-0, 0-1"),
+        (lambda m: m.update(notes="none"), "notes must be dict"),
+        (lambda m: m.update(classes=None), "classes must be int"),
+        (lambda m: m.update(input="188"), "input must be list"),
+        (lambda m: m.update(input=[1, -8, 8]), r"cannot be of shape \[1, -8, 8\]"),
         (lambda m: m["nodes"][1].update(file="../0.safetensors"), "outside its own folder"),
         (lambda m: m["nodes"][1].update(file="/etc/passwd"), "outside its own folder"),
         (lambda m: m["nodes"][1]["blocks"][0].update(offset=100), "does not lie on pages"),
         (lambda m: m["nodes"][1]["blocks"][0]["tensors"][0].update(offset=1 << 30), "lie in block"),
         (lambda m: m["nodes"][1]["blocks"][0]["tensors"][1].update(shape=[-1]), "lie in block"),
         (lambda m: m["nodes"][1]["blocks"][0]["tensors"][0].update(dtype="F7"), "no known form"),
-        (lambda m: m["nodes"][1]["blocks"][-1].update(bytes=1 << 20), "shorter than its block"),
+        (lambda m: m["nodes"][1]["blocks"][-1].update(bytes=1 << 20), "of node 0 are not its file"),
         (lambda m: m.pop("input"), "damaged"),
         (lambda m: m.update(schema=99), "schema 99"),
         (lambda m: m.update(nodes=7), "damaged"),
@@ -254,8 +303,33 @@ def rewritten(folder, change):
 )
 def test_a_manifest_that_asks_for_the_impossible_is_refused(folder, change, message):
     rewritten(folder, change)
-    with pytest.raises(CheckpointError, match=message):
-        Package(folder)
+    assert re.search(message, refused(Package, folder))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"format": NaN}', '{"a": Infinity}', '{"a":' * 50_000, '{"a":' * 900 + "1" + "}" * 900],
+)
+def test_a_manifest_that_nobody_writes_is_refused(folder, text):
+    (folder / "manifest.json").write_text(text)
+    assert re.search("damaged|belongs to no package", refused(Package, folder))
+    whole = {"format": "sigmabranch-package", "schema": 1, "notes": 0}
+    (folder / "manifest.json").write_text(json.dumps(whole).replace("0", text, 1))
+    assert "damaged" in refused(Package, folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["nodes"][0].update(decides_after=0), "node root .* is not that of"),
+        (lambda m: m["nodes"][1].update(decides_after=0), "node 0 .* is not that of"),
+        (swap_names, "block .* of node 0 .* is of another shape"),
+        (lambda m: first_tensor(m).update(dtype="I32"), "is of another shape"),
+    ],
+)
+def test_a_package_that_would_run_otherwise_than_its_network_is_refused(folder, change, message):
+    rewritten(folder, change)
+    assert re.search(message, refused(Package(folder).skeleton))
 
 
 def test_a_package_of_another_network_does_not_fit(folder):
@@ -274,6 +348,90 @@ def test_packing_again_replaces_the_package(net, folder):
     package.verify()
     assert package.usage == {"1-1": 1.0}
     assert not list(folder.glob(".*"))
+
+
+def test_packing_never_replaces_a_saved_network(net, tmp_path):
+    net.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert "would be lost: choose another folder" in refused(pack, net, tmp_path, EXAMPLE)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_damaged_package_is_packed_anew(net, folder):
+    (folder / "manifest.json").write_text("{")
+    pack(net, folder, EXAMPLE)
+    Package(folder).verify()
+
+
+def test_operations_are_those_of_one_input_whatever_the_example(net, packed, tmp_path):
+    package = pack(net, tmp_path, torch.randn(8, 1, 8, 8))
+    for key, node in Package(packed).nodes.items():
+        assert [b.macs for b in package.nodes[key].blocks] == [b.macs for b in node.blocks]
+
+
+@pytest.mark.parametrize(
+    ("usage", "message"),
+    [
+        ({"0": 1.0}, "usage names '0': the leaves are 0-0, 0-1, 1-0, 1-1"),
+        ({"0-0": -0.1}, "must be a share of inputs, got -0.1"),
+        ({"0-0": float("nan")}, "must be a share of inputs, got nan"),
+        ({"0-0": float("inf")}, "must be a share of inputs, got inf"),
+    ],
+)
+def test_a_usage_that_is_none_is_refused(net, tmp_path, usage, message):
+    with pytest.raises(ConfigError, match=message):
+        pack(net, tmp_path, EXAMPLE, usage=usage)
+    assert not list(tmp_path.iterdir())
+
+
+class Alike(nn.Module):
+    """Modules whose paths differ in nothing but a dot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU())
+        self.conv_0 = nn.Conv2d(4, 4, 1)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.fc(self.conv_0(self.conv(x)).mean((2, 3)))
+
+
+def test_modules_whose_stored_names_would_be_the_same_are_refused(tmp_path):
+    backbone = Backbone(
+        model=Alike().eval(),
+        chain=("conv", "conv_0"),
+        stages=("conv_0",),
+        pool=GlobalAveragePool(),
+        head=("fc",),
+    )
+    with pytest.raises(ConversionError, match=r"conv\.0 and conv_0 under the same name: rename"):
+        pack(backbone, tmp_path, EXAMPLE)
+    assert not list(tmp_path.iterdir())
+
+
+class Repeating(nn.Module):
+    """One activation at two places of a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        relu = nn.ReLU()
+        self.conv = nn.Sequential(nn.Conv2d(1, 4, 1), relu, nn.Conv2d(4, 4, 1), relu)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).mean((2, 3)))
+
+
+def test_a_module_that_is_used_twice_runs_twice(tmp_path):
+    torch.manual_seed(0)
+    model = Repeating().eval()
+    backbone = Backbone(
+        model=model, chain=("conv",), stages=(), pool=GlobalAveragePool(), head=("fc",)
+    )
+    pack(backbone, tmp_path, EXAMPLE)
+    with Runtime.open(tmp_path, skeleton=backbone) as runtime:
+        assert torch.allclose(runtime(EXAMPLE), model(EXAMPLE), atol=1e-6)
 
 
 def test_an_unbalanced_tree_packs(dense, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 from hypothesis import given, settings
@@ -88,6 +89,17 @@ def test_a_buffer_that_came_back_is_used_again():
     memory = slots.take(PAGE)
     slots.give_back(memory)
     assert slots.take(PAGE) is memory
+
+
+def test_free_buffers_can_go_back_to_the_system():
+    slots = Slots(2 * PAGE)
+    memory = slots.take(PAGE)
+    gone = weakref.ref(memory)
+    slots.give_back(memory)
+    del memory
+    assert gone() is not None
+    slots.release()
+    assert gone() is None and slots.room == 2 * PAGE
 
 
 def test_a_budget_below_the_largest_segment_is_refused_with_the_least():
@@ -185,6 +197,40 @@ def test_forgetting_keeps_what_runs_first():
     assert not any(is_ready(residency, part) for part in parts) and residency.slots.used == 0
 
 
+def test_forgetting_gives_the_memory_back_to_the_system():
+    parts = [segment("root")]
+    residency = Residency(parts, PAGE)
+    want(residency, parts)
+    taken, memory = residency.next()
+    residency.ready(taken, {})
+    gone = weakref.ref(memory)
+    del memory
+    residency.forget()
+    assert gone() is None
+
+
+def test_a_failure_of_the_loader_reaches_all_who_wait_then_and_later():
+    parts = [segment("root"), segment("0")]
+    residency, said = Residency(parts, 2 * PAGE), []
+    want(residency, parts)
+
+    def wait():
+        try:
+            residency.acquire(parts[0])
+        except StorageError as error:
+            said.append(str(error))
+
+    waiting = [threading.Thread(target=wait, daemon=True) for _ in range(2)]
+    for thread in waiting:
+        thread.start()
+    residency.failed("the loader has failed")
+    for thread in waiting:
+        thread.join(5)
+    assert said == ["the loader has failed"] * 2
+    with pytest.raises(StorageError, match="the loader has failed"):
+        residency.acquire(parts[1])
+
+
 def test_the_prior_starts_from_the_usage_and_learns_a_stream():
     prior = LeafPrior(("0-0", "0-1", "1"), {"0-0": 0.5, "0-1": 0.25, "1": 0.25})
     first = prior.nodes()
@@ -230,3 +276,9 @@ def test_probabilities_add_up_at_every_node(seen):
 def test_the_likeliest_line_is_read_first_and_others_only_if_time_remains(p, idle, expected):
     nodes = ["0", "1", "0-0", "0-1"]
     assert list(likely_nodes(nodes, p, idle, lambda node: 1.0)) == expected
+
+
+def test_a_node_whose_number_begins_alike_is_no_child():
+    nodes = [str(number) for number in range(11)]
+    p = {**dict.fromkeys(nodes, 0.01), "1": 0.5, "10": 0.4}
+    assert list(likely_nodes(nodes, p, 0.0, lambda node: 1.0)) == ["1"]

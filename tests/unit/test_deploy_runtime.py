@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import time
 
+import psutil
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from conftest import randomise
 from sigmabranch.backbones import PointNet2, PointNet2Spec, ResNet, ResNetSpec
 from sigmabranch.conversion import ConversionSpec, blueprint, convert
 from sigmabranch.deploy import Package, Runtime, pack
+from sigmabranch.deploy.checks import checked_input
 from sigmabranch.errors import ConfigError, DataError, StorageError
 from sigmabranch.tree import TreeSpec, node_key
 
@@ -85,6 +89,16 @@ def test_an_input_seen_again_reads_nothing(case):
         assert trace.bytes_read == 0 and trace.hit_bytes == package.path_bytes("1-0")
 
 
+def test_inputs_are_laid_out_as_compiled_code_reads_them():
+    image, rows = torch.randn(3, 8, 6).transpose(1, 2), torch.randn(5, 4).T
+    assert not image.is_contiguous() and not rows.is_contiguous()
+    found = checked_input(image, (3, 6, 8))
+    assert found.is_contiguous(memory_format=torch.channels_last) and found.shape == (1, 3, 6, 8)
+    assert torch.equal(found[0], image)
+    found = checked_input(rows, (4, 5))
+    assert found.is_contiguous() and torch.equal(found[0], rows)
+
+
 def test_guesses_read_in_vain_are_counted_as_waste(dense, batches, tmp_path):
     net = spread(dense, batches)
     x = torch.cat([x for x, _ in batches])
@@ -92,12 +106,19 @@ def test_guesses_read_in_vain_are_counted_as_waste(dense, batches, tmp_path):
         leaf = net.hard(x).leaf
     package = pack(net, tmp_path, x[:1], usage={"0-0": 1.0})
     elsewhere = x[leaf == 3][0]
-    with Runtime.open(tmp_path) as runtime:
-        runtime.predict(elsewhere)
-        runtime.forget()
-        for _ in range(2):  # the first input has no measured rate yet
-            trace = runtime.predict(elsewhere).trace
-            assert trace.bytes_read - trace.wasted_bytes <= package.path_bytes("1-1")
+    # So slow that all of the root is there, and a guess under way, before its router decides.
+    with Runtime.open(tmp_path, bytes_per_second="1MB") as runtime:
+        run = runtime._engine.run
+
+        def slowly(segment, tensors, feature):
+            time.sleep(0.1)
+            return run(segment, tensors, feature)
+
+        runtime._engine.run = slowly
+        trace = runtime.predict(elsewhere).trace
+        assert trace.leaf == "1-1"
+        assert trace.wasted_bytes > 0
+        assert trace.bytes_read - trace.wasted_bytes == package.path_bytes("1-1")
 
 
 @pytest.mark.parametrize("case", ["early"], indirect=True)
@@ -105,7 +126,8 @@ def test_a_known_path_is_never_guessed_wrong(case):
     """With early decision nothing below the routers is read before they have decided."""
     net, package, of_leaf = case
     assert net.early
-    with Runtime.open(package.folder, prefetch=False, bytes_per_second="2MB") as runtime:
+    # So slow that the rest of the trunk, which is certain, is still on its way when they decide.
+    with Runtime.open(package.folder, bytes_per_second="50KB") as runtime:
         for leaf, x in of_leaf.items():
             runtime.forget()
             trace = runtime.predict(x).trace
@@ -213,6 +235,17 @@ def test_closing_ends_the_thread_and_a_closed_runtime_says_so(case):
     assert threads() == 0
     with pytest.raises(ConfigError, match="is closed"):
         runtime.predict(of_leaf["1-0"])
+
+
+def test_a_runtime_that_is_dropped_ends_its_thread_and_closes_its_files(case):
+    _, package, of_leaf = case
+    before = psutil.Process().num_fds()
+    runtime = Runtime.open(package.folder)
+    runtime.predict(of_leaf["1-0"])
+    assert threads() == 1 and psutil.Process().num_fds() > before
+    del runtime
+    gc.collect()
+    assert threads() == 0 and psutil.Process().num_fds() == before
 
 
 def test_two_runtimes_share_a_package_and_threads_share_a_runtime(case):

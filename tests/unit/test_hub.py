@@ -142,6 +142,7 @@ def test_a_manifest_that_names_a_pickle_does_not_get_it(local, net):
     stored = local.repositories[NAME].branches["main"]
     manifest = json.loads(stored[MANIFEST])
     manifest["files"]["evil.pkl"] = {"bytes": 1, "sha256": "0"}
+    del manifest["sha256"]
     stored |= {MANIFEST: json.dumps(manifest).encode(), "evil.pkl": b"x"}
     assert "evil.pkl is missing" in refused(sb.from_hub, NAME)
     assert "evil.pkl" not in downloaded(local)

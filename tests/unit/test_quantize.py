@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import shutil
+import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -13,9 +17,11 @@ pytest.importorskip("onnxscript")
 
 import onnx
 
+from sigmabranch.archive import sealed
 from sigmabranch.conversion import ConversionSpec, convert
 from sigmabranch.deploy.export import export_net
 from sigmabranch.deploy.onnx_path import OnnxPath
+from sigmabranch.deploy.onnx_sessions import Sessions
 from sigmabranch.deploy.placement import mix_nodes, place_bits
 from sigmabranch.deploy.quantize import quantize_nodes
 from sigmabranch.errors import CheckpointError, ConfigError, DataError, StorageError
@@ -36,13 +42,46 @@ def case(dense, batches, tmp_path_factory):
 
 def test_the_path_in_fp32_is_the_networks(case):
     net, x, folder, _ = case
-    path = OnnxPath(folder / "fp32", budget=_largest(folder / "fp32"))
     with torch.no_grad():
         hard = net.hard(x[:8])
-    for number in range(8):
-        logits, leaf = path(x[number : number + 1].numpy())
-        assert leaf == node_key(net.tree.leaves[hard.leaf[number]])
-        np.testing.assert_allclose(logits[0], hard.logits[number], rtol=1e-3, atol=1e-4)
+    with OnnxPath(folder / "fp32", budget=_largest(folder / "fp32")) as path:
+        for number in range(8):
+            logits, leaf = path(x[number : number + 1].numpy())
+            assert leaf == node_key(net.tree.leaves[hard.leaf[number]])
+            np.testing.assert_allclose(logits[0], hard.logits[number], rtol=1e-3, atol=1e-4)
+
+
+def test_what_was_read_is_let_go_of_once_a_session_has_been_made(case, monkeypatch):
+    _, _, folder, _ = case
+    read, content = [], Sessions._content
+
+    def remembered(sessions, name, size):
+        memory = content(sessions, name, size)
+        read.append(weakref.ref(memory.obj))
+        return memory
+
+    monkeypatch.setattr(Sessions, "_content", remembered)
+    with OnnxPath(folder / "fp32") as path:
+        path._sessions.get("root")
+        gc.collect()
+        assert len(read) == 2 and not any(memory() for memory in read)
+
+
+def test_a_closed_path_says_so(case):
+    _, x, folder, _ = case
+    path = OnnxPath(folder / "fp32")
+    path.predict(x[:1])
+    path.close()
+    path.close()
+    with pytest.raises(ConfigError, match="is closed: open it again"):
+        path.predict(x[:1])
+
+
+def test_quantizing_leaves_no_thread_behind(case, tmp_path):
+    _, x, folder, _ = case
+    before = threading.active_count()
+    quantize_nodes(folder / "fp32", tmp_path, x)
+    assert threading.active_count() == before
 
 
 def _largest(folder) -> int:
@@ -132,12 +171,12 @@ def test_a_leaf_that_no_sample_takes_is_the_first_to_lose_bits(case, fewer):
 
 def test_eight_bits_stay_near_and_take_a_quarter(case):
     _, x, folder, _ = case
-    exact, near = OnnxPath(folder / "fp32"), OnnxPath(folder / "int8")
     pairs = []
-    for sample in x[:32].split(1):
-        *_, (_, _, expected) = exact.runs(sample.numpy())
-        *_, (_, _, found) = near.runs(sample.numpy())
-        pairs.append((expected["logits"], found["logits"]))
+    with OnnxPath(folder / "fp32") as exact, OnnxPath(folder / "int8") as near:
+        for sample in x[:32].split(1):
+            *_, (_, _, expected) = exact.runs(sample.numpy())
+            *_, (_, _, found) = near.runs(sample.numpy())
+            pairs.append((expected["logits"], found["logits"]))
     expected, found = map(np.concatenate, zip(*pairs, strict=True))
     assert 0 < np.abs(found - expected).mean() < 0.15 * np.abs(expected).mean()
     graph = onnx.load(folder / "int8" / "0.onnx")
@@ -176,6 +215,102 @@ def test_a_leaf_without_inputs_and_other_bits_are_refused_and_leave_nothing(case
     with pytest.raises(ConfigError, match="choose 8 or 4"):
         quantize_nodes(folder / "fp32", tmp_path / "out", x, bits=3)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="choose another folder to write to"):
+        quantize_nodes(folder / "fp32", folder / "fp32", x)
+
+
+def test_quantized_nodes_never_replace_a_saved_network(case, tmp_path):
+    net, x, folder, manifest = case
+    net.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for write in (
+        lambda: export_net(net, tmp_path, x[:4], format="onnx-nodes"),
+        lambda: quantize_nodes(folder / "fp32", tmp_path, x),
+        lambda: mix_nodes({8: folder / "int8"}, dict.fromkeys(manifest["nodes"], 8), tmp_path),
+    ):
+        with pytest.raises(CheckpointError, match="would be lost: choose another folder"):
+            write()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_a_flipped_bit_of_the_nodes_manifest_is_found(case, tmp_path, kind):
+    _, _, folder, _ = case
+    shutil.copytree(folder / kind, tmp_path / "nodes")
+    path = tmp_path / "nodes" / "manifest.json"
+    whole = path.read_bytes()
+    for place in (whole.index(b"leaves") + 14, whole.index(b"classes") + 10, len(whole) // 2):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        path.write_bytes(flipped)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            OnnxPath(tmp_path / "nodes")
+
+
+def test_nodes_written_before_manifests_had_a_hash_run(case, tmp_path):
+    _, x, folder, _ = case
+    shutil.copytree(folder / "fp32", tmp_path / "nodes")
+    manifest = json.loads((folder / "fp32" / "manifest.json").read_text())
+    del manifest["sha256"]
+    (tmp_path / "nodes" / "manifest.json").write_text(json.dumps(manifest))
+    with OnnxPath(folder / "fp32") as new, OnnxPath(tmp_path / "nodes") as old:
+        assert torch.equal(new.predict(x[:1]).logits, old.predict(x[:1]).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop("files"), "files must be dict"),
+        (lambda m: m.pop("input"), "not a input"),
+        (lambda m: m.update(input=7), "a input is a set of named values"),
+        (lambda m: m["input"].update(shape=["a"]), "input shape must be int"),
+        (lambda m: m["files"].update({"0.onnx": 9}), "the bytes and sha256 of '0.onnx'"),
+        (lambda m: m["files"].pop("0.onnx"), "it lists no file of node 0"),
+        (lambda m: m.update(nodes={}), "its nodes are not its tree's"),
+        (lambda m: m.update(nodes=[]), "nodes must be dict"),
+        (lambda m: m["nodes"].update({"0": 7}), "a node 0 is a set of named values"),
+        (lambda m: m["nodes"]["0"].pop("inputs"), "not a node 0"),
+        (lambda m: m["nodes"]["0"].update(outputs=[1]), "node 0 outputs must be str"),
+        (lambda m: m["nodes"].update({"2": m["nodes"]["1"]}), "its nodes are not its tree's"),
+        (lambda m: m.update(leaves=[[0], [0]]), "tree leaves must be distinct"),
+        (lambda m: m.update(leaves=[]), "at least two leaves"),
+        (lambda m: m.update(leaves=[5]), "is damaged"),
+        (lambda m: m.update(leaves=7), "leaves must be list"),
+        (lambda m: m.update(leaves=[[0], [1, 0], [1, 1]]), "its nodes are not its tree's"),
+        (lambda m: m.update(routers=[]), "its nodes are not its tree's"),
+        (lambda m: m.update(early=True), "its nodes are not its tree's"),
+        (lambda m: m.update(early="no"), "early must be bool"),
+        (lambda m: m.update(notes=[]), "notes must be dict"),
+    ],
+)
+def test_a_manifest_of_nodes_that_asks_for_the_impossible_is_refused(
+    case, tmp_path, change, message
+):
+    _, _, folder, _ = case
+    shutil.copytree(folder / "int8", tmp_path / "nodes")
+    manifest = json.loads((folder / "int8" / "manifest.json").read_text())
+    change(manifest)
+    (tmp_path / "nodes" / "manifest.json").write_text(json.dumps(sealed(manifest)))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        OnnxPath(tmp_path / "nodes")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_router_of_another_tree_is_refused_where_it_chooses(case, tmp_path):
+    """Two branches as a chain of one: the router's second has no node."""
+    net, x, folder, _ = case
+    shutil.copytree(folder / "fp32", tmp_path / "nodes")
+    manifest = json.loads((folder / "fp32" / "manifest.json").read_text())
+    del manifest["nodes"]["1"]
+    manifest |= {"leaves": [[0]], "routers": []}
+    (tmp_path / "nodes" / "manifest.json").write_text(json.dumps(sealed(manifest)))
+    with torch.no_grad():
+        elsewhere = x[net.hard(x).leaf == 1][:1]
+    with (
+        OnnxPath(tmp_path / "nodes") as path,
+        pytest.raises(CheckpointError, match="it has no node 1"),
+    ):
+        path.predict(elsewhere)
 
 
 def test_damaged_nodes_are_refused(case, tmp_path):

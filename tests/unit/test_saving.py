@@ -15,7 +15,7 @@ from torch import nn
 
 import sigmabranch as sb
 from sigmabranch import files
-from sigmabranch.archive import MANIFEST, WEIGHTS
+from sigmabranch.archive import MANIFEST, WEIGHTS, sealed
 from sigmabranch.backbones import GlobalAveragePool
 from sigmabranch.errors import CheckpointError
 from sigmabranch.saving import load_dense, save_dense
@@ -35,13 +35,13 @@ def folder(net, tmp_path):
 
 
 def edit(folder, **changes):
-    """Rewrite the manifest, with the files' present sizes and digests."""
+    """Rewrite the manifest, with the files' present sizes and digests and a hash that fits."""
     manifest = json.loads((folder / MANIFEST).read_text())
     for name in manifest["files"]:
         content = (folder / name).read_bytes()
         digest = hashlib.sha256(content).hexdigest()
         manifest["files"][name] = {"bytes": len(content), "sha256": digest}
-    (folder / MANIFEST).write_text(json.dumps(manifest | changes))
+    (folder / MANIFEST).write_text(json.dumps(sealed(manifest | changes)))
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -208,7 +208,7 @@ def test_a_file_outside_the_folder_is_not_touched(folder):
     secret = folder.parent / "secret"
     secret.write_text("x")
     listed = {**manifest["files"], "../secret": {"bytes": 1, "sha256": "0"}}
-    (folder / MANIFEST).write_text(json.dumps({**manifest, "files": listed}))
+    (folder / MANIFEST).write_text(json.dumps(sealed({**manifest, "files": listed})))
     assert "outside its own folder" in refused(sb.load, folder)
 
 
@@ -229,11 +229,62 @@ def test_a_file_outside_the_folder_is_not_touched(folder):
         ({"router_channels": {}}, "does not describe this network"),
         ({"source": {"builder": "pickle"}}, "unknown network builder 'pickle'"),
         ({"source": {"builder": "resnet", "config": {"depth": 5}}}, "'depth'"),
+        ({"source": "resnet"}, "does not describe this network"),
+        ({"source": ["resnet"]}, "does not describe this network"),
+        ({"source": {"builder": "resnet", "config": 5}}, "does not describe this network"),
+        ({"notes": "none"}, "notes must be dict, got 'none'"),
+        ({"router_channels": {"root": -3, "1": 4}}, "does not describe this network"),
+        ({"router_channels": {"root": "many", "1": 4}}, "does not describe this network"),
     ],
 )
 def test_a_manifest_that_says_something_else_is_refused(folder, changes, reason):
     edit(folder, **changes)
     assert reason in refused(sb.load, folder)
+
+
+@pytest.mark.parametrize("said", [7, None, [], {}, {"bytes": 4}, {"bytes": "4", "sha256": "0"}])
+def test_a_file_of_which_the_manifest_says_too_little_is_refused(folder, said):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"]["record.json"] = said
+    (folder / MANIFEST).write_text(json.dumps(sealed(manifest)))
+    assert "does not say the bytes and sha256 of 'record.json'" in refused(sb.load, folder)
+
+
+def test_a_flipped_bit_of_the_manifest_is_found(folder):
+    text = (folder / MANIFEST).read_text()
+    assert '"strides": [' in text
+    before, after = text.split('"strides": [', 1)
+    (folder / MANIFEST).write_text(f'{before}"strides": [{after.replace("2", "3", 1)}')
+    assert f"{MANIFEST} is damaged: its SHA-256 differs" in refused(sb.load, folder)
+
+
+def test_a_network_saved_before_manifests_had_a_hash_loads(net, folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["sha256"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert same(net, sb.load(folder))
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "record.json"])
+def test_json_that_nobody_writes_is_refused(folder, name):
+    (folder / name).write_text('{"format":' * 50_000)
+    edit(folder) if name != MANIFEST else None
+    assert f"{name} is damaged: it holds NaN or infinity, or is nested" in refused(sb.load, folder)
+
+
+def test_a_manifest_with_a_number_that_is_none_is_refused(folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"notes": float("nan")}))
+    assert "is damaged: it holds NaN" in refused(sb.load, folder)
+
+
+def test_a_network_never_replaces_something_else(net, dense, folder, tmp_path):
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    assert "would be lost: choose another folder" in refused(save_dense, dense, folder)
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
+    (tmp_path / MANIFEST).write_text('{"name": "a web page"}')
+    assert "would be lost" in refused(net.save, tmp_path)
+    net.save(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -70,6 +70,12 @@ class Backbone:
                 raise ConfigError(
                     f"the backbone names {path!r}, which {type(self.model).__name__} lacks"
                 ) from None
+        for parts in (self.chain, self.head):
+            names = Counter(path.replace(".", "_") for path in parts)
+            if twice := [path for path in parts if names[path.replace(".", "_")] > 1]:
+                raise ConfigError(
+                    f"the copies of {' and '.join(twice)} would share a name: rename one"
+                )
         for stage in self.stages:
             if stage not in self.chain:
                 raise ConfigError(f"the backbone's stage {stage!r} is not in its chain")

@@ -69,6 +69,8 @@ def _opened(
 ) -> Iterator[tuple[Any, tuple[int, ...], Mapping[str, Any]]]:
     """What predicts, the shape of an input, and the notes of the folder."""
     if engine == ONNX:
+        if not prefetch:
+            raise ConfigError("the engine onnx never guesses a branch: leave out --no-prefetch")
         from sigmabranch.deploy.onnx_path import OnnxPath  # noqa: PLC0415 (loads ONNX Runtime)
 
         with OnnxPath(folder, budget=budget, bytes_per_second=bandwidth) as path:

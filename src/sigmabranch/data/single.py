@@ -16,6 +16,8 @@ _WAYS = {
     "cifar100": (1.0, cifar.MEAN, cifar.STD),
     "imagenet": (TEST_SCALE, imagenet.MEAN, imagenet.STD),
 }
+# Its short side is scaled to the network's, and the long one with it.
+MOST_RATIO = 100
 
 
 def picture_input(name: str, path: Path | str, size: int) -> Tensor:
@@ -30,7 +32,7 @@ def picture_input(name: str, path: Path | str, size: int) -> Tensor:
         (1, 3, size, size) float32, scaled, cropped and normalised as test images are.
 
     Raises:
-        DataError: a data set without pictures, or a file that is none.
+        DataError: a data set without pictures, a file that is none, or a strip.
         MissingDependency: Pillow is not installed.
     """
     if name not in _WAYS:
@@ -39,7 +41,14 @@ def picture_input(name: str, path: Path | str, size: int) -> Tensor:
     if not Path(path).is_file():
         raise DataError(f"{path} is no file")
     try:
-        pixels_3HW = centre_crop(read_picture(str(path)), size, scale)
+        picture = read_picture(str(path))
+        short, long = sorted((picture.width, picture.height))
+        if long > MOST_RATIO * short:
+            raise DataError(
+                f"{path} has {picture.width} x {picture.height} pixels: give a picture whose long "
+                f"side is at most {MOST_RATIO} times its short one"
+            )
+        pixels_3HW = centre_crop(picture, size, scale)
     except UNREADABLE as error:
         raise DataError(f"{path} is no picture that can be read: {error}") from error
     return Normalise(mean, std, device="cpu", channels_last=False)(pixels_3HW[None])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sigmabranch.backbones import Backbone
 from sigmabranch.deploy.fold import Pair, fold, foldable
-from sigmabranch.errors import ConfigError
+from sigmabranch.errors import ConfigError, ConversionError
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.tree import node_key
 
@@ -95,6 +95,7 @@ def folded_nodes(model: SigmaBranchNet | Backbone) -> list[Node]:
 
     Raises:
         ConfigError: the network computes tensors when it is made that it does not save.
+        ConversionError: two modules of a node would be stored under one name.
     """
     nodes = []
     for key, parts in node_parts(model).items():
@@ -128,6 +129,7 @@ def _node(
     pairs: tuple[Pair, ...],
     decide_after: str | None,
 ) -> Node:
+    _refuse_clash(key, [name for name, _ in _flat(body, "")], router)
     before, after = _halves(body, decide_after if key == "root" else None)
     node = Node(
         key=key,
@@ -145,6 +147,17 @@ def _node(
                 "save it: register the buffer as persistent"
             )
     return node
+
+
+def _refuse_clash(key: str, names: Iterable[str], router: nn.Module | None) -> None:
+    """A node's tensors lie in one file, where each needs a name of its own."""
+    stored: dict[str, str] = {} if router is None else {ROUTER: "its router"}
+    for name in names:
+        other = stored.setdefault(_stored_name(name), name)
+        if other != name:
+            raise ConversionError(
+                f"node {key} would store {other} and {name} under the same name: rename one"
+            )
 
 
 def _halves(body: nn.Module, last: str | None) -> tuple[list[Block], list[Block]]:
@@ -176,15 +189,20 @@ def _grouped(members: Iterable[tuple[str, nn.Module]]) -> Iterator[Block]:
 def _flat(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """The members of nested plain sequences, in order."""
     if type(module) is nn.Sequential:
-        for name, child in module.named_children():
+        for name, child in module._modules.items():  # named_children leaves out repetitions
+            assert child is not None
             yield from _flat(child, f"{path}.{name}" if path else name)
     else:
         yield path, module
 
 
 def _block(group: OrderedDict[str, nn.Module]) -> Block:
-    modules = OrderedDict((name.replace(".", "_"), module) for name, module in group.items())
+    modules = OrderedDict((_stored_name(name), module) for name, module in group.items())
     return Block(name=next(iter(group)), module=nn.Sequential(modules))
+
+
+def _stored_name(name: str) -> str:
+    return name.replace(".", "_")  # a module's own name has no dot
 
 
 def _bytes(modules: Iterable[nn.Module]) -> int:

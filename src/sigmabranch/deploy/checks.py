@@ -9,7 +9,9 @@ from sigmabranch.errors import DataError, NumericError
 
 
 def checked_input(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """One input with its batch axis, images in channels-last memory.
+    """One input with its batch axis, contiguous: images in channels-last memory, others as usual.
+
+    Compiled code reads memory in the order that it was made for, whatever the strides say.
 
     Args:
         x: float32 of ``shape``, with or without a batch axis of one.
@@ -26,7 +28,8 @@ def checked_input(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     if not x.isfinite().all():
         raise DataError("the input holds NaN or infinity: check what made it")
     x = x.reshape(1, *shape)
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+    order = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+    return x.contiguous(memory_format=order)
 
 
 def checked_logits(logits: Tensor) -> Tensor:

@@ -38,11 +38,16 @@ class Loader:
 
     def join(self) -> None:
         """Wait for the thread, which ends when the residency is closed."""
-        self._thread.join()
+        # A runtime that nobody holds may be collected by any thread, this one included.
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
     def _work(self) -> None:
-        while self._load_next():
-            pass
+        try:
+            while self._load_next():
+                pass
+        except Exception as error:  # else whoever waits would wait forever
+            self._residency.failed(f"the loader has failed: {error!r}; open the package again")
 
     def _load_next(self) -> bool:
         # A function of its own, so that no local name outlives the segment in memory.

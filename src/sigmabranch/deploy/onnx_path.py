@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,8 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sigmabranch import files
-from sigmabranch.archive import MANIFEST, check_file, check_schema
+from sigmabranch.archive import MANIFEST, check_file, checked_entry, read_sealed
 from sigmabranch.deploy.checks import checked_input, checked_logits
 from sigmabranch.deploy.closing import Closing
 from sigmabranch.deploy.export.nodes import DECIDE, SCHEMA
@@ -25,9 +25,10 @@ from sigmabranch.deploy.package import ancestry, child
 from sigmabranch.deploy.runtime import Prediction
 from sigmabranch.deploy.storage import Throttle
 from sigmabranch.deploy.trace import Trace, milliseconds
-from sigmabranch.errors import CheckpointError
+from sigmabranch.errors import CheckpointError, ConfigError
+from sigmabranch.fields import from_fields
 from sigmabranch.sizes import byte_count
-from sigmabranch.tree import node_key
+from sigmabranch.tree import TreeSpec, node_key
 
 Array: TypeAlias = NDArray[Any]
 FORMAT = "sigmabranch-onnx-nodes"
@@ -67,7 +68,8 @@ class OnnxPath(Closing):
         leaves: their keys, left to right.
 
     Raises:
-        CheckpointError: no such folder, or files that are missing or of another length.
+        CheckpointError: no such folder, a damaged manifest, or files that are missing or of another
+            length.
         ConfigError: a budget less than the largest node, which the message names.
     """
 
@@ -106,6 +108,7 @@ class OnnxPath(Closing):
             DataError: an input of another shape or dtype, or with NaN or infinity.
             StorageError: files that cannot be read, or are not those that were written.
             NumericError: NaN or infinite logits.
+            ConfigError: the path is closed.
         """
         x = checked_input(x, self.input_shape).contiguous()
         began = time.perf_counter()
@@ -174,7 +177,7 @@ class OnnxPath(Closing):
         yield (run := self._run(key, tensors, trace))
         while key not in self.leaves:
             features = [value for name, value in run.outputs.items() if name != "log_prob"]
-            key = child(key, _branch(said.get(key, run.outputs.get("log_prob"))))
+            key = self._below(key, said.get(key, run.outputs.get("log_prob")))
             self._sessions.ahead(self._certain(key, said))
             yield (run := self._run(key, features, trace))
 
@@ -185,8 +188,17 @@ class OnnxPath(Closing):
             has_router = keys[-1] in self.manifest["routers"]
             if has_router and keys[-1] not in said:
                 break
-            keys.append(child(keys[-1], _branch(said.get(keys[-1]))))
+            keys.append(self._below(keys[-1], said.get(keys[-1])))
         return keys
+
+    def _below(self, key: str, log_prob: Array | None) -> str:
+        """The child that a router chooses; a node without one has a single child."""
+        below = child(key, 0 if log_prob is None else int(log_prob.argmax()))
+        if below not in self._nodes:
+            raise CheckpointError(
+                f"{self.folder} is damaged: it has no node {below}; copy it again"
+            )
+        return below
 
     def _run(self, key: str, tensors: Sequence[Array], trace: Trace) -> NodeRun:
         node, entry = self.manifest["nodes"][key], trace.node(key)
@@ -200,10 +212,6 @@ class OnnxPath(Closing):
 
     def _files(self, node: Mapping[str, Any]) -> NodeFiles:
         names, listed = (node["file"], f"{node['file']}.data"), self.manifest["files"]
-        if node["file"] not in listed:
-            raise CheckpointError(
-                f"{self.folder / MANIFEST} is damaged: no entry of {node['file']}"
-            )
         return NodeFiles(
             graph=node["file"], listed={name: listed[name] for name in names if name in listed}
         )
@@ -215,18 +223,56 @@ def read_nodes(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: as for :class:`OnnxPath`.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
+    if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder} holds no ONNX nodes: {MANIFEST} is missing")
-    manifest = files.read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} holds no ONNX nodes: export with --format onnx-nodes")
-    check_schema(manifest, folder, SCHEMA)
-    for name, entry in manifest["files"].items():
-        check_file(folder, name, entry, read=False)
+    stranger = f"{folder} holds no ONNX nodes: export with --format onnx-nodes"
+    manifest = read_sealed(folder, format=FORMAT, schema=SCHEMA, stranger=stranger)
+    for name, expected in checked_entry(manifest, "files", dict, folder).items():
+        check_file(folder, name, expected, read=False)
+    if "notes" in manifest:
+        checked_entry(manifest, "notes", dict, folder)
+    checked_entry(manifest, "early", bool, folder)
+    leaves = checked_entry(manifest, "leaves", list, folder)
+    nodes = checked_entry(manifest, "nodes", dict, folder)
+    try:
+        from_fields(_Input, "input", manifest.get("input", {}))
+        described = {key: from_fields(_Node, f"node {key}", node) for key, node in nodes.items()}
+        keys, routers = _tree(leaves)
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error
+    expected = {*keys, DECIDE} if manifest["early"] else {*keys}
+    if nodes.keys() != expected or manifest.get("routers") != routers:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: its nodes are not its tree's")
+    for key, node in described.items():
+        if node.file not in manifest["files"]:
+            raise CheckpointError(f"{folder / MANIFEST} is damaged: it lists no file of node {key}")
     return manifest
 
 
-def _branch(log_prob: Array | None) -> int:
-    """The branch that a router chooses; a node without one has a single child."""
-    return 0 if log_prob is None else int(log_prob.argmax())
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Input:
+    """What a manifest says of an input."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Node:
+    """What a manifest says of a node."""
+
+    file: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def _tree(leaves: Sequence[Any]) -> tuple[list[str], list[str]]:
+    """Keys of the nodes, and of those that have a router, of the tree with these leaves.
+
+    Raises:
+        ConfigError, TypeError: these are no leaves.
+    """
+    if len(leaves) == 1:  # a network without branches, in parts
+        return [*ancestry(node_key(tuple(leaves[0])))], []
+    tree = TreeSpec.from_dict({"leaves": leaves})
+    return [node_key(node) for node in ((), *tree.specializers)], [*map(node_key, tree.inner)]

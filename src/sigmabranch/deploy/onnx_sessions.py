@@ -98,6 +98,7 @@ class Sessions:
                 f"takes {least}"
             )
         self.peak_bytes = 0
+        self._closed = False
         self._read_since: dict[str, int] = {}
         self._open: OrderedDict[str, _Opening] = OrderedDict()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="sigmabranch-reads")
@@ -118,6 +119,7 @@ class Sessions:
 
         Raises:
             StorageError: its files cannot be read, or are not those that were written.
+            ConfigError: this is closed.
         """
         if key not in self._open:
             self._make_room(self._nodes[key].bytes, keep=())
@@ -139,6 +141,7 @@ class Sessions:
 
     def close(self) -> None:
         """End the threads; a second time does nothing."""
+        self._closed = True
         for thread in (self._reader, self._maker):
             thread.shutdown(cancel_futures=True)
         self._open.clear()
@@ -148,6 +151,8 @@ class Sessions:
         return sum(self._nodes[key].bytes for key in self._open)
 
     def _begin(self, key: str) -> None:
+        if self._closed:
+            raise ConfigError("the runtime is closed: open it again")
         read = self._reader.submit(self._contents, key)
         self._open[key] = _Opening(read, self._maker.submit(self._made, key, read))
         self.peak_bytes = max(self.peak_bytes, self._used)
@@ -184,17 +189,30 @@ class Sessions:
     def _made(self, key: str, read: Future[dict[str, memoryview]]) -> onnxruntime.InferenceSession:
         """The session of what has been read, if that is what was written."""
         node, contents = self._nodes[key], read.result()
-        for name, content in contents.items():
-            if hashlib.sha256(content).hexdigest() != node.listed[name]["sha256"]:
-                raise StorageError(
-                    f"{self._folder / name} is damaged or has been changed: copy it again"
-                )
+        try:
+            for name, content in contents.items():
+                if hashlib.sha256(content).hexdigest() != node.listed[name]["sha256"]:
+                    raise StorageError(
+                        f"{self._folder / name} is damaged or has been changed: copy it again"
+                    )
+            return self._session(node.graph, contents)
+        finally:
+            contents.clear()  # which the future of the reading holds
+
+    def _session(
+        self, graph: str, contents: Mapping[str, memoryview]
+    ) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
-        graph = bytes(contents.pop(node.graph))
-        filled = {name: np.frombuffer(data, np.uint8) for name, data in contents.items() if data}
+        weights = {
+            name: np.frombuffer(data, np.uint8)
+            for name, data in contents.items()
+            if data and name != graph
+        }
         options.add_external_initializers_from_files_in_memory(
-            [*filled], [*filled.values()], [len(data) for data in filled.values()]
+            [*weights], [*weights.values()], [len(data) for data in weights.values()]
         )
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            bytes(contents[graph]), options, providers=["CPUExecutionProvider"]
+        )

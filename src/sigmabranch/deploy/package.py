@@ -7,7 +7,8 @@ node's weights as :mod:`sigmabranch.deploy.stored` lays them out, batch norms fo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,22 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from sigmabranch import files
-from sigmabranch.archive import MANIFEST, check_file, check_schema
+from sigmabranch.archive import (
+    MANIFEST,
+    check_file,
+    check_free,
+    checked_entry,
+    read_sealed,
+    sealed,
+)
 from sigmabranch.backbones import Backbone, as_backbone
 from sigmabranch.deploy.blocks import Block, Node, folded_nodes, folded_skeleton, node_parts
 from sigmabranch.deploy.stored import StoredBlock, layout
-from sigmabranch.errors import CheckpointError, ConversionError, SigmaBranchError
+from sigmabranch.errors import CheckpointError, ConfigError, ConversionError, SigmaBranchError
+from sigmabranch.fields import from_fields
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.saving import dense_skeleton, net_skeleton
+from sigmabranch.tree import TreeSpec, node_key
 
 FORMAT, SCHEMA = "sigmabranch-package", 1
 # Folding rounds anew; a wrong fold is off by far more.
@@ -68,14 +78,15 @@ class StoredNode:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> StoredNode:
-        """Inverse of :meth:`to_dict`."""
-        return cls(
-            **{
-                **value,
-                "folded": tuple((producer, norm) for producer, norm in value["folded"]),
-                "blocks": tuple(map(StoredBlock.from_dict, value["blocks"])),
-            }
-        )
+        """Inverse of :meth:`to_dict`; what no package has raises :class:`ConfigError`."""
+        blocks = tuple(map(StoredBlock.from_dict, value["blocks"]))
+        node = from_fields(cls, "node", {**value, "blocks": blocks})
+        if not blocks or not 0 <= node.decides_after <= len(blocks):
+            raise ConfigError(f"node {node.key} has no such blocks")
+        ends = (blocks[0].offset, *(block.offset + block.bytes for block in blocks))
+        if ends != (*(block.offset for block in blocks), node.bytes):
+            raise ConfigError(f"the blocks of node {node.key} are not its file")
+        return node
 
     @property
     def weight_bytes(self) -> int:
@@ -97,23 +108,28 @@ def pack(
     Args:
         model: a branched network, or a dense one of a known family, to be streamed as one node.
         folder: receives the package; each file is replaced atomically, the manifest last.
-        example: (1, ...) float32 input; its shape is kept, and the folded network is checked on it.
+        example: (N, ...) float32 inputs, of which the first counts; its shape is kept, and the
+            folded network is checked on it.
         usage: leaf → share of the inputs that take it (from an evaluation), a first guess at what
-            to keep and to prefetch.
+            to keep and to prefetch; leaves that are not named take none.
         notes: anything JSON-able to keep, such as the task.
 
     Returns:
         The package, opened.
 
     Raises:
+        ConfigError: a usage of something else than leaves, or that is no share.
         ConversionError: a network that is not its parts in a row, or that folding its batch norms
-            changes.
-        CheckpointError: the folder cannot be written.
+            changes, or modules whose stored names would be the same.
+        CheckpointError: the folder cannot be written, or holds something else.
     """
+    check_free(folder, FORMAT)
+    example = example[:1]
     if not isinstance(model, SigmaBranchNet):
         model = as_backbone(model, example)
         model.check(example)
     nodes = folded_nodes(model)
+    usage = _checked_usage(usage or {}, _leaves([node.key for node in nodes]))
     classes, macs = _checked(model, nodes, example)
     contents, stored = {}, []
     for node in nodes:
@@ -136,12 +152,11 @@ def pack(
         "network": _described(model),
         "input": list(example.shape[1:]),
         "classes": classes,
-        "usage": dict(usage or {}),
+        "usage": usage,
         "notes": dict(notes or {}),
         "nodes": [node.to_dict() for node in stored],
     }
-    manifest["sha256"] = _own_hash(manifest)
-    contents[MANIFEST] = files.json_bytes(manifest)
+    contents[MANIFEST] = files.json_bytes(sealed(manifest))
     with ExitStack() as stack:
         for name in reversed(contents):  # replaced in the reverse of this order
             stack.enter_context(files.atomic_write(Path(folder) / name)).write_bytes(contents[name])
@@ -217,27 +232,31 @@ class Package:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         manifest = self._manifest()
+        self.network: Mapping[str, Any] = checked_entry(manifest, "network", dict, self.folder)
+        self.classes = checked_entry(manifest, "classes", int, self.folder)
+        self.notes: Mapping[str, Any] = checked_entry(manifest, "notes", dict, self.folder)
+        shape = checked_entry(manifest, "input", list, self.folder)
+        usage = checked_entry(manifest, "usage", dict, self.folder)
+        stored = checked_entry(manifest, "nodes", list, self.folder)
         with self._damage_named():
-            self.network: Mapping[str, Any] = manifest["network"]
-            self.input_shape = tuple(manifest["input"])
-            self.classes = int(manifest["classes"])
-            self.usage: Mapping[str, float] = manifest["usage"]
-            self.notes: Mapping[str, Any] = manifest["notes"]
-            self.nodes = {node.key: node for node in map(StoredNode.from_dict, manifest["nodes"])}
+            self.input_shape = _checked_shape(shape)
+            self.nodes = {node.key: node for node in map(StoredNode.from_dict, stored)}
+            self._check_tree([node["key"] for node in stored])
+            self.usage: Mapping[str, float] = _checked_usage(usage, self.leaves)
         for node in self.nodes.values():
-            self._check_place(node)
+            self._check_file(node, read=False)
 
     def _manifest(self) -> dict[str, Any]:
         path = self.folder / MANIFEST
         if not path.is_file():
             raise CheckpointError(f"{self.folder} holds no package: {MANIFEST} is missing")
-        manifest = files.read_json(path)
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise CheckpointError(f"{path} belongs to no package: make one with sigmabranch pack")
-        check_schema(manifest, self.folder, SCHEMA)
-        if manifest.pop("sha256", None) != _own_hash(manifest):
-            raise CheckpointError(f"{path} is damaged: its SHA-256 differs; copy it again")
-        return manifest
+        return read_sealed(
+            self.folder,
+            format=FORMAT,
+            schema=SCHEMA,
+            stranger=f"{path} belongs to no package: make one with sigmabranch pack",
+            always=True,
+        )
 
     @contextmanager
     def _damage_named(self) -> Iterator[None]:
@@ -247,12 +266,13 @@ class Package:
             reason = str(error) if isinstance(error, SigmaBranchError) else repr(error)
             raise CheckpointError(f"{self.folder / MANIFEST} is damaged: {reason}") from error
 
-    def _check_place(self, node: StoredNode) -> None:
-        self._check_file(node, read=False)
-        if node.blocks and node.blocks[-1].offset + node.blocks[-1].bytes > node.bytes:
-            raise CheckpointError(
-                f"{self.folder / node.file} is shorter than its block table: copy it again"
-            )
+    def _check_tree(self, keys: Sequence[str]) -> None:
+        """Raise :class:`ConfigError` unless these are the nodes of the network's tree, in order."""
+        expected = ["root"]
+        if self.network.get("kind") == "branched":
+            expected += map(node_key, TreeSpec.from_dict(self.network["tree"]).specializers)
+        if list(keys) != expected:
+            raise ConfigError("its nodes are not those of its tree")
 
     def verify(self) -> None:
         """Read every file and compare its SHA-256; blocks are checked anew whenever they are read.
@@ -279,21 +299,23 @@ class Package:
         make = net_skeleton if self.network.get("kind") == "branched" else dense_skeleton
         model = make(self.network, self.folder, skeleton)
         with self._damage_named():
-            folded = {key: node.folded for key, node in self.nodes.items()}
-            nodes = folded_skeleton(model, folded)
+            nodes = folded_skeleton(model, {key: n.folded for key, n in self.nodes.items()})
         for node in nodes:
             self._check_fit(node)
         return nodes
 
     def _check_fit(self, node: Node) -> None:
-        stored = {block.name: block for block in self.nodes[node.key].blocks}
-        for block in node.blocks:
-            expected = {name: tuple(tensor.shape) for name, tensor in block.tensors().items()}
-            found = {
-                tensor.name: tuple(tensor.shape[axis] for axis in tensor.axes)
-                for tensor in (stored[block.name].tensors if block.name in stored else ())
+        stored = self.nodes[node.key]
+        if stored.decides_after != node.decides_after or len(stored.blocks) != len(node.blocks):
+            raise CheckpointError(
+                f"node {node.key} in {self.folder} is not that of the network that it describes: "
+                "use the version that wrote it"
+            )
+        for block, found in zip(node.blocks, stored.blocks, strict=True):
+            forms = {
+                n: (tuple(tensor.shape), tensor.dtype) for n, tensor in block.tensors().items()
             }
-            if expected != found:
+            if found.name != block.name or {t.name: t.form for t in found.tensors} != forms:
                 raise CheckpointError(
                     f"block {block.name} of node {node.key} in {self.folder} is of another shape "
                     "than the network that it describes: use the version that wrote it"
@@ -302,8 +324,7 @@ class Package:
     @property
     def leaves(self) -> tuple[str, ...]:
         """Nodes without children."""
-        parents = {parent(key) for key in self.nodes if key != "root"}
-        return tuple(key for key in self.nodes if key not in parents)
+        return _leaves(self.nodes)
 
     def path(self, leaf: str) -> tuple[StoredNode, ...]:
         """The nodes from the root to ``leaf``."""
@@ -329,6 +350,24 @@ def ancestry(key: str) -> tuple[str, ...]:
     return (key,) if key == "root" else (*ancestry(parent(key)), key)
 
 
-def _own_hash(manifest: Mapping[str, Any]) -> str:
-    """Of everything in the manifest but this."""
-    return hashlib.sha256(files.json_bytes(manifest)).hexdigest()
+def _leaves(keys: Iterable[str]) -> tuple[str, ...]:
+    keys = tuple(keys)
+    parents = {parent(key) for key in keys if key != "root"}
+    return tuple(key for key in keys if key not in parents)
+
+
+def _checked_shape(shape: Sequence[Any]) -> tuple[int, ...]:
+    """The shape, unless it is none (:class:`ConfigError`)."""
+    if not all(type(length) is int and length > 0 for length in shape):
+        raise ConfigError(f"an input cannot be of shape {shape}")
+    return tuple(shape)
+
+
+def _checked_usage(usage: Mapping[str, Any], leaves: Sequence[str]) -> dict[str, float]:
+    """The share of each leaf; :class:`ConfigError` for other nodes or what is no share."""
+    for leaf, share in usage.items():
+        if leaf not in leaves:
+            raise ConfigError(f"usage names {leaf!r}: the leaves are {', '.join(leaves)}")
+        if not isinstance(share, int | float) or not 0 <= share <= sys.float_info.max:
+            raise ConfigError(f"the usage of leaf {leaf} must be a share of inputs, got {share!r}")
+    return dict(usage)

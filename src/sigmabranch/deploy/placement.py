@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sigmabranch import files
-from sigmabranch.archive import MANIFEST
+from sigmabranch.archive import MANIFEST, sealed
 from sigmabranch.deploy.export.staging import listing, staged
 from sigmabranch.deploy.onnx_path import OnnxPath, read_nodes
 from sigmabranch.errors import ConfigError
@@ -74,7 +74,7 @@ def mix_nodes(
         The new manifest, whose ``bits`` are ``bits``.
 
     Raises:
-        CheckpointError: no such folders, or ``out`` cannot be written.
+        CheckpointError: no such folders, or ``out`` cannot be written or holds something else.
     """
     manifests = {count: read_nodes(Path(folder)) for count, folder in folders.items()}
     with staged(out) as stage:
@@ -82,7 +82,7 @@ def mix_nodes(
             for name in _files(manifests[count], key):
                 shutil.copyfile(Path(folders[count]) / name, stage / name)
         manifest = {**manifests[max(folders)], "bits": dict(bits), "files": listing(stage)}
-        files.write_json(stage / MANIFEST, manifest)
+        files.write_json(stage / MANIFEST, sealed(manifest))
     return manifest
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sigmabranch import files
-from sigmabranch.archive import MANIFEST
+from sigmabranch.archive import MANIFEST, sealed
 from sigmabranch.deploy.export.onnx_graph import save
 from sigmabranch.deploy.export.staging import listing, staged
 from sigmabranch.deploy.onnx_path import Array, OnnxPath
@@ -54,27 +54,31 @@ def quantize_nodes(
         The new manifest; ``calibrated`` says on how many inputs each node was.
 
     Raises:
-        ConfigError: other bits.
+        ConfigError: other bits, or ``out`` is ``folder``.
         DataError: a node to which no sample goes.
-        CheckpointError: ``folder`` holds no nodes, or ``out`` cannot be written.
+        CheckpointError: ``folder`` holds no nodes, or ``out`` cannot be written or holds something
+            else.
     """
     if bits not in _WEIGHTS:
         raise ConfigError(f"weights cannot have {bits} bits: choose 8 or 4")
-    source = OnnxPath(folder)
-    arrived = _arrived(source, samples)
-    for key in source.manifest["nodes"]:
+    if Path(out).resolve() == Path(folder).resolve():
+        raise ConfigError(f"{folder} is what is quantized: choose another folder to write to")
+    with OnnxPath(folder) as source:
+        described = source.manifest
+        arrived = _arrived(source, samples)
+    for key in described["nodes"]:
         if not arrived[key]:
             raise DataError(f"no calibration sample goes to node {key}: give more samples")
     with staged(out) as stage, _quiet():
-        for key, node in source.manifest["nodes"].items():
+        for key, node in described["nodes"].items():
             _quantize(Path(folder) / node["file"], stage, arrived[key], _WEIGHTS[bits])
         manifest = {
-            **source.manifest,
+            **described,
             "bits": bits,
             "calibrated": {key: len(inputs) for key, inputs in arrived.items()},
             "files": listing(stage),
         }
-        files.write_json(stage / MANIFEST, manifest)
+        files.write_json(stage / MANIFEST, sealed(manifest))
     return manifest
 
 

@@ -78,6 +78,7 @@ class Residency:
         self._next_probability: dict[str, float] = {}
         self._likely_probability: dict[str, float] = {}
         self._closed = False
+        self._failure = ""
 
     # The side that computes.
 
@@ -109,7 +110,8 @@ class Residency:
         """Wait for a wanted segment; it stays until :meth:`release`.
 
         Raises:
-            SigmaBranchError: it could not be read; the next attempt starts anew.
+            SigmaBranchError: it could not be read, and the next attempt starts anew; or the loader
+                has failed, and there will be no other.
         """
         held = self._held[segment]
         with self._changed:
@@ -119,6 +121,8 @@ class Residency:
                     raise error
                 if self._closed:
                     raise ConfigError("the runtime is closed: open it again")
+                if self._failure:
+                    raise StorageError(self._failure)
                 self._changed.wait()
             held.running = True
             assert held.tensors is not None
@@ -145,12 +149,16 @@ class Residency:
             return sum(segment.bytes for segment in absent)
 
     def forget(self, keep: int = 0) -> None:
-        """Drop everything but the first segments in order of execution, up to ``keep`` bytes."""
+        """Drop everything but the first segments in order of execution, up to ``keep`` bytes.
+
+        The system gets the memory back.
+        """
         with self._changed:
             for segment, held in self._held.items():
                 keep -= segment.bytes
                 if keep < 0 and held.status is _Status.READY and not held.running:
                     self._evict(segment)
+            self.slots.release()
 
     def close(self) -> None:
         """End all waiting, here and in the loader."""
@@ -211,6 +219,12 @@ class Residency:
         with self._changed:
             self._evict(segment)
             self._held[segment].error = error
+            self._changed.notify_all()
+
+    def failed(self, reason: str) -> None:
+        """Nothing will be loaded any more: whoever waits, now or later, is told why."""
+        with self._changed:
+            self._failure = reason
             self._changed.notify_all()
 
     def _candidates(self) -> Iterable[Segment]:

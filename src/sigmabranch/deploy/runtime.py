@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -42,6 +43,8 @@ class Prediction(NamedTuple):
 
 class Runtime(Closing):
     """A package that is open for predictions; make it with :meth:`open`, close it after use.
+
+    One that is dropped without that is closed when Python collects it.
 
     Predictions may come from several threads; they are made one after the other.
     """
@@ -111,7 +114,9 @@ class Runtime(Closing):
             closing.callback(self._residency.forget)
             closing.callback(self._loader.join)
             closing.callback(self._residency.close)
-            self._closing = closing.pop_all()
+            # So that a runtime which is dropped ends too; nothing here may hold the runtime itself.
+            self._closing = weakref.finalize(self, closing.pop_all().close)
+            self._closing.atexit = False  # a read under way would delay the program's end
 
     def __call__(self, x: Tensor) -> Tensor:
         """(1, V) logits of one input: the drop-in replacement for the network."""
@@ -159,7 +164,7 @@ class Runtime(Closing):
 
     def close(self) -> None:
         """End the loader and close the files; a second time does nothing."""
-        self._closing.close()
+        self._closing()
 
     def _walk(self, x: Tensor, trace: Trace) -> Tensor:
         """Run the segments of the path in order; each router extends it."""

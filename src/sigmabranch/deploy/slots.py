@@ -49,6 +49,10 @@ class Slots:
         self._free[size].append(memory)
         self._free_bytes += size
 
+    def release(self) -> None:
+        """Hand the memory of free buffers back to the system."""
+        self._shrink(0)
+
     def _shrink(self, limit: int) -> None:
         """Let go of free buffers until they hold at most ``limit`` bytes."""
         for size in sorted(self._free, reverse=True):

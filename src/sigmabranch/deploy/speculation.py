@@ -28,7 +28,7 @@ def likely_nodes(
     """
     first_guess = ""
     for node in sorted(nodes, key=lambda node: -probability.get(node, 0.0)):
-        guessed = node.startswith(first_guess)
+        guessed = not first_guess or node.startswith(f"{first_guess}-")
         if not guessed and (idle_seconds <= 0 or probability.get(node, 0.0) < LEAST_PROBABILITY):
             continue
         if guessed:

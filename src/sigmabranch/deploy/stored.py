@@ -57,6 +57,11 @@ class StoredTensor:
     axes: tuple[int, ...]
     offset: int
 
+    @property
+    def form(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and type of the tensor in the module."""
+        return tuple(self.shape[axis] for axis in self.axes), _BY_NAME[self.dtype]
+
     def view(self, block: memoryview) -> Tensor:
         """The tensor in a block's memory, without a copy."""
         dtype = _BY_NAME[self.dtype]
@@ -97,9 +102,11 @@ class StoredBlock:
     def from_dict(cls, value: Mapping[str, Any]) -> StoredBlock:
         """Inverse of :meth:`to_dict`; what cannot be in a file raises :class:`ConfigError`."""
         tensors = tuple(from_fields(StoredTensor, "tensor", item) for item in value["tensors"])
-        block = cls(**{**value, "tensors": tensors})
+        block = from_fields(cls, "block", {**value, "tensors": tensors})
         if block.offset < PAGE or block.offset % PAGE or block.bytes < PAGE or block.bytes % PAGE:
             raise ConfigError(f"block {block.name} does not lie on pages")
+        if block.macs < 0:
+            raise ConfigError(f"block {block.name} has {block.macs} multiply-adds")
         for tensor in tensors:
             if tensor.dtype not in _BY_NAME or sorted(tensor.axes) != [*range(len(tensor.shape))]:
                 raise ConfigError(f"tensor {tensor.name} is of no known form")

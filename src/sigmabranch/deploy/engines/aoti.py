@@ -1,7 +1,8 @@
-"""Compiled by AOTInductor: one body for all nodes of a shape, run on weights that stay ours.
+"""Compiled by AOTInductor: one body for all nodes of a kind, run on weights that stay ours.
 
 Bodies are compiled when they are first needed, which takes a C++ compiler and up to minutes each,
-and kept in the user's cache folder. They are machine code, so no package carries any.
+and kept in the user's cache folder, under a hash of the program that was compiled. They are machine
+code, so no package carries any.
 """
 
 from __future__ import annotations
@@ -19,11 +20,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from sigmabranch import files
 from sigmabranch.deploy.blocks import Node
+from sigmabranch.deploy.export.program import traced
 from sigmabranch.deploy.segment import Segment
 from sigmabranch.errors import ConfigError
+from sigmabranch.version import __version__
 
 _CONFIG = {
     # The weights are handed over at each run, not built in.
@@ -59,7 +65,12 @@ class AotiEngine:
         self._key: dict[Segment, str] = {}
 
     def run(self, segment: Segment, tensors: Mapping[str, Tensor], feature: Any) -> Any:
-        """Feature → feature, logits or log p; compiles the segment's body at its first run."""
+        """Feature → feature, logits or log p; compiles the segment's body at its first run.
+
+        Raises:
+            UnsupportedOperation: torch.export cannot follow the segment.
+            CheckpointError: the cache folder cannot be written.
+        """
         key = self._key.get(segment)
         if key is None:
             key = self._key[segment] = self._prepared(segment, tensors, feature)
@@ -70,29 +81,48 @@ class AotiEngine:
 
     def _prepared(self, segment: Segment, tensors: Mapping[str, Tensor], feature: Any) -> str:
         """The key of a segment's body, which is loaded, and compiled if need be."""
-        module = self._module(segment)
-        key = _key(module, tensors, feature)
+        program = exported(self._module(segment), tensors, feature)
+        key = body_key(program, tensors, feature)
         if key not in self._bodies:
             path = self._cache / f"{key}.pt2"
             if not path.is_file():
-                _compile(module, tensors, feature, path)
+                _compile(program, path)
             self._bodies[key] = torch._inductor.aoti_load_package(str(path))
         return key
 
     def _module(self, segment: Segment) -> nn.Module:
         blocks = [self._modules[segment.node, name] for name in segment.names]
         members = [item for block in blocks for item in block.named_children()]
-        # A copy, because compiling gives it weights.
+        # A copy, because exporting gives it weights.
         return copy.deepcopy(nn.Sequential(OrderedDict(members))).eval()
 
 
-def _key(module: nn.Module, tensors: Mapping[str, Tensor], feature: Any) -> str:
-    """Names a body by everything that its code depends on."""
+@torch.no_grad()
+def exported(module: nn.Module, tensors: Mapping[str, Tensor], feature: Any) -> ExportedProgram:
+    """A module as a program for tensors and features of exactly these layouts.
+
+    Args:
+        module: in eval mode; it receives the tensors.
+        tensors: its parameters and buffers.
+        feature: what it reads.
+
+    Raises:
+        UnsupportedOperation: torch.export cannot follow the module.
+    """
+    module.load_state_dict(dict(tensors), strict=False, assign=True)
+    return traced(module, (feature,))
+
+
+def body_key(program: ExportedProgram, tensors: Mapping[str, Tensor], feature: Any) -> str:
+    """Names a body by everything that its machine code depends on; values of weights are none."""
+    graphs = (part for part in program.graph_module.modules() if isinstance(part, GraphModule))
     described = {
-        "module": str(module),
+        "code": [graph.code for graph in graphs],
+        "signature": str(program.graph_signature),
+        "constants": {name: _content(value) for name, value in program.constants.items()},
         "tensors": {name: _layout(tensor) for name, tensor in tensors.items()},
         "feature": [_layout(tensor) for tensor in pytree.tree_leaves(feature)],
-        "torch": torch.__version__,
+        "versions": [__version__, torch.__version__],
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
@@ -102,13 +132,20 @@ def _layout(tensor: Tensor) -> list[Any]:
     return [str(tensor.dtype), list(tensor.shape), list(tensor.stride())]
 
 
-def _compile(module: nn.Module, tensors: Mapping[str, Tensor], feature: Any, path: Path) -> None:
-    """Compile a body for tensors and features of exactly these layouts."""
-    module.load_state_dict(dict(tensors), strict=False, assign=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, torch.no_grad():
-        program = torch.export.export(module, (feature,))
+def _content(constant: Any) -> list[Any]:
+    """A constant of a program with its values."""
+    if not isinstance(constant, Tensor):
+        return [repr(constant)]
+    return [*_layout(constant), str(constant.tolist())]
+
+
+def _compile(program: ExportedProgram, path: Path) -> None:
+    with (
+        files.atomic_write(path) as temporary,
+        tempfile.TemporaryDirectory(dir=path.parent) as folder,
+        torch.no_grad(),
+    ):
         made = torch._inductor.aoti_compile_and_package(
             program, package_path=f"{folder}/body.pt2", inductor_configs=_CONFIG
         )
-        os.replace(made, path)
+        os.replace(made, temporary)

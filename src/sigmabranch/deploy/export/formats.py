@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sigmabranch import files
-from sigmabranch.archive import MANIFEST
+from sigmabranch.archive import MANIFEST, sealed
 from sigmabranch.deploy.export.check import LeafCheck, Written, check_leaves
 from sigmabranch.deploy.export.staging import listing, staged
 from sigmabranch.errors import ConfigError, DataError, MissingDependency
@@ -88,7 +88,7 @@ def export_net(
         MissingDependency: the format's packages are not installed.
         UnsupportedOperation: the network does something that the format cannot say.
         ConversionError: what was written says something else than the network.
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the folder cannot be written, or holds something else.
     """
     if not len(example):
         raise DataError("an export needs at least one example input")
@@ -99,7 +99,8 @@ def export_net(
         written = write(copied, stage, example[:1])
         checks = check_leaves(copied, written, example)
         if notes and (manifest := stage / MANIFEST).exists():
-            files.write_json(manifest, {**files.read_json(manifest), "notes": dict(notes)})
+            described = {**files.read_json(manifest), "notes": dict(notes)}
+            files.write_json(manifest, sealed(described))
         listed = listing(stage)
     return Export(format=format, folder=Path(folder), files=listed, checks=checks)
 

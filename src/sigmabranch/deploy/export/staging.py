@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sigmabranch import files
-from sigmabranch.archive import MANIFEST
+from sigmabranch.archive import MANIFEST, check_free
 from sigmabranch.errors import CheckpointError
 
 
@@ -22,7 +22,8 @@ def staged(folder: Path | str) -> Iterator[Path]:
     if this made it.
 
     Raises:
-        CheckpointError: the folder cannot be written or the disk is full.
+        CheckpointError: the folder cannot be written, the disk is full, or a manifest of something
+            else would be replaced.
     """
     folder = Path(folder)
     is_new = not folder.exists()
@@ -50,6 +51,8 @@ def listing(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _publish(stage: Path, folder: Path) -> None:
+    if (stage / MANIFEST).exists():
+        check_free(folder, files.read_json(stage / MANIFEST)["format"])
     with ExitStack() as stack:
         # Left in the reverse of this order, each file is flushed and gets its name.
         for path in sorted(stage.iterdir(), key=_last_first):
