@@ -16,7 +16,9 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from sigmabranch.data import open_data
 from sigmabranch.errors import SigmaBranchError
@@ -38,7 +40,7 @@ def main() -> int:
     chosen = options.parse_args()
     try:
         prepare(chosen.name, chosen.folder, chosen.url or SOURCES[chosen.name])
-    except (SigmaBranchError, OSError, zipfile.BadZipFile) as error:
+    except (SigmaBranchError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         print(f"prepare_data: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -52,7 +54,7 @@ def prepare(name: str, folder: Path, url: str) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".prepare-") as place:
         inside = Path(place) / "data"
         inside.mkdir()
-        archive = inside / url.rpartition("/")[2]
+        archive = inside / Path(urlsplit(url).path).name
         download(url, archive)
         if archive.suffix == ".zip":
             shutil.unpack_archive(archive, inside)

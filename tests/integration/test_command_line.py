@@ -240,6 +240,11 @@ def bad(whole, shell, tmp_path_factory):
     case("branched for dense", "convert", good / "branched")
     case("another task", "run", *digits, *tiny(model__stem_width=5), "--dense", good / "dense")
     case("another tree", "finetune", good / "converted", "--set", "tree.depth=1")
+    case("settings of what is made", "evaluate", good / "branched", "--set", "tree.depth=3")
+    case("routes of a dense network", "evaluate", good / "dense", "--seed", "1")
+    case("bits without a budget", "convert", good / "dense", "--bits", "8")
+    case("input of a folder", "convert", good / "dense", "--input", "1x8x8")
+    case("seed out of reach", "run", *digits, "--seed", 2**32)
     case("few samples", "convert", good / "dense", "--set", "conversion.samples=1")
     case("infinite loss", "train", *digits, *tiny(dense__lr=1e30, dense__warmup_epochs=0))
     return lambda name: (shell.run(*tests[name][1]), tests[name][0])
@@ -270,6 +275,11 @@ BAD = {
     "branched for dense": "holds a branched network, need a dense one",
     "another task": "belongs to another task.*stem_width",
     "another tree": "belongs to another task.*tree",
+    "settings of what is made": "tree.depth=3 changes nothing.*only settings of data",
+    "routes of a dense network": "no routes to shuffle: leave out --seed",
+    "bits without a budget": "--bits need a --budget",
+    "input of a folder": "--input is the task's",
+    "seed out of reach": "seed.*--help",
     "few samples": "1 calibration samples cannot make 2 clusters.*more data",
     "infinite loss": "loss.*epoch",
 }

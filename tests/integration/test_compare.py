@@ -54,7 +54,8 @@ BAD = {
     "unknown row": (["compare", "digits-resnet", "--rows", "fpgn"], "unknown peer 'fpgn'.*fpgm"),
     "no row": (["compare", "digits-resnet", "--rows", ","], "names no row"),
     "unknown task": (["compare", "digits"], "unknown task 'digits'"),
-    "same seed twice": (["compare", "digits-resnet", "--seeds", "1,1"], "different whole numbers"),
+    "same seed twice": (["compare", "digits-resnet", "--seeds", "1,01"], "different whole numbers"),
+    "seed out of reach": (["compare", "digits-resnet", "--seeds", "4294967296"], "none above"),
     "unknown setting of a row": (
         ["compare", "digits-resnet", "--rows", "fpgm", "--set", "fpgm.rat=1"],
         "unknown fpgm key 'rat': did you mean rate",
@@ -123,6 +124,7 @@ def made(shell, tmp_path_factory):
         ["table", "comparison", "--results", "found.json", "--csv"],
         ["table", "systems", "--markdown"],
         [*COMPARE[:-1], "--out", "out", "--gather"],
+        ["table", "ablations", "--results", "found.json", "--csv"],
         [*COMPARE, "--out", "out", "--set", "single-path.match=training"],
     ]
     return folder, run(shell, folder, commands)
@@ -176,8 +178,12 @@ def test_rows_of_an_earlier_result_are_taken_over(made):
 
 
 def test_tables_come_from_the_result(made):
-    _, (_, _, _, table, systems, gathered, _) = made
+    folder, (_, _, _, table, systems, gathered, ablations, _) = made
     assert table.code == systems.code == gathered.code == 0
+    assert ablations.code == 0, ablations.err
+    assert "sigma-branch" in ablations.out
+    # What only a comparison with the branched network has.
+    assert "weights read per input" in (folder / "out" / "report" / "index.html").read_text()
     for name in ROWS.split(","):
         assert name in table.out
         assert name in gathered.out

@@ -137,6 +137,12 @@ def mislabel(root: Path) -> None:
     write_h5(root / "ply_data_train1.h5", TRAIN_CLOUDS[4:], np.array([0, 3]))
 
 
+def label_by_fractions(root: Path) -> None:
+    forget_labels(root)
+    with h5py.File(root / "ply_data_train1.h5", "a") as content:
+        content["label"] = np.array([[0.0], [0.9]])
+
+
 def too_few_labels(root: Path) -> None:
     write_h5(root / "ply_data_train1.h5", TRAIN_CLOUDS[4:], np.array([0]))
 
@@ -170,6 +176,7 @@ def empty_a_class(root: Path) -> None:
         (replace_by_text, r"ply_data_train1\.h5 is truncated or damaged"),
         (forget_labels, r"ply_data_train1\.h5 is .* data sets data and label"),
         (mislabel, r"cloud 1 of \S+ply_data_train1\.h5 has label 3, expected 0 to 2"),
+        (label_by_fractions, r"ply_data_train1\.h5 is .* data sets data and label"),
         (too_few_labels, r"ply_data_train1\.h5 .*labels of shape \(1, 1\)"),
         (spoil(float("nan")), r"cloud 1 of \S+ply_data_train1\.h5 .* NaN"),
         (spoil(float("-inf")), r"cloud 1 of \S+ply_data_train1\.h5 .* infinite"),

@@ -33,7 +33,8 @@ from sigmabranch.peers.bench import Bench
 from sigmabranch.peers.efficient import Efficient
 from sigmabranch.peers.quantized import quantize
 from sigmabranch.peers.rerouted import FlatNet, HashRouter
-from sigmabranch.tasks import TASKS, Chain, Stopped, Task, count_task, find_task
+from sigmabranch.tasks import TASKS, Chain, Stopped, Task, count_task, find_task, open_task_data
+from sigmabranch.tasks import chain as chains
 from sigmabranch.training import FinetuneRecipe, branched_loss
 from sigmabranch.tree import node_key
 
@@ -312,8 +313,11 @@ class Broken(System):
 
 
 def comparison(task, folder, rows, *, seeds=(0, 1), minutes=None) -> Comparison:
-    def chain(place, seed, start):
-        return Chain(task, place, seed=seed, start=start, max_minutes=minutes, branching=False)
+    def chain(place, seed, start, dataset):
+        return Chain(
+            task, place, seed=seed, start=start, max_minutes=minutes, branching=False,
+            dataset=dataset,
+        )  # fmt: skip
 
     return Comparison(
         task=task, folder=folder, rows=rows, groups={}, skipped={}, seeds=seeds, chain=chain,
@@ -337,13 +341,21 @@ def test_a_failed_row_loses_no_other_and_nothing_is_made_twice(task, tmp_path, m
     assert again["failed"] == []
 
 
+KNOWN = {"schema": 1, "task": {}, "source": {"sha256": ""}, "rows": {}}
+
+
 @pytest.mark.parametrize(
     ("known", "said"),
     [
         ([], "no result of compare"),
         ({"schema": 1, "task": {}, "rows": {}}, "no result of compare"),
-        ({"schema": 7, "task": {}, "source": {}, "rows": {}}, "schema 7"),
-        ({"schema": 1, "task": {}, "source": {}, "rows": {}}, "another task"),
+        ({**KNOWN, "source": []}, "no result of compare"),
+        ({**KNOWN, "source": {}}, "no result of compare"),
+        ({**KNOWN, "rows": {"single-path": [1]}}, "no result of compare"),
+        ({**KNOWN, "rows": {"single-path": {"0": {}}}}, "no result of compare"),
+        ({**KNOWN, "rows": {"single-path": {"0/../..": {"system": {}}}}}, "no result of compare"),
+        ({**KNOWN, "schema": 7}, "schema 7"),
+        (KNOWN, "another task"),
     ],
 )
 def test_what_cannot_be_included_is_refused_before_any_work(task, tmp_path, known, said):
@@ -354,13 +366,44 @@ def test_what_cannot_be_included_is_refused_before_any_work(task, tmp_path, know
     assert not (tmp_path / "source").exists()
 
 
+def test_only_rows_that_were_asked_for_are_taken_over_and_what_is_left_is_said(task, tmp_path):
+    rows = {"single-path": find_system("single-path")}
+    known = comparison(task, tmp_path / "first", rows, seeds=(0, 1)).run()
+    start = {"dense": tmp_path / "first" / "source" / "dense"}
+    asked = comparison(task, tmp_path / "second", rows, seeds=(1,))
+    chain, said = asked.chain, []
+    asked.chain = lambda place, seed, given, dataset: chain(place, seed, given or start, dataset)
+    asked.known, asked.say = [known], said.append
+    assert asked.run()["rows"]["single-path"] == {"1": known["rows"]["single-path"]["1"]}
+    assert not (tmp_path / "second" / "seed0").exists() and not said
+    other = comparison(task, tmp_path / "third", {
+        "single-path": find_system("single-path").changed({"match": "training"})
+    }, seeds=(1,))  # fmt: skip
+    other.chain, other.known, other.say = asked.chain, [known], said.append
+    other.run()
+    assert said[0] == "single-path, seed 1: the included row has other settings and is left out"
+
+
+def test_a_comparison_reads_its_data_once(task, tmp_path, monkeypatch):
+    opened = []
+
+    def counted(*arguments):
+        opened.append(arguments)
+        return open_task_data(*arguments)
+
+    monkeypatch.setattr(chains, "open_task_data", counted)
+    rows = {name: find_system(name) for name in ("sigma-branch", "centred")}
+    comparison(task, tmp_path, rows, seeds=(0, 1)).run()
+    assert len(opened) == 1
+
+
 def test_the_table_names_the_seed_of_the_source_network(task, tmp_path):
     made = Chain(task, tmp_path / "made", seed=3, branching=False)
     made.dense()
     asked = comparison(task, tmp_path / "out", {}, seeds=(5,))
     chain = asked.chain
-    asked.chain = lambda place, seed, start: chain(
-        place, seed, start or {"dense": made.folder / "dense"}
+    asked.chain = lambda place, seed, start, dataset: chain(
+        place, seed, start or {"dense": made.folder / "dense"}, dataset
     )
     assert asked.run()["source"]["seed"] == 3
 

@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
 from sigmabranch.errors import CheckpointError, ConfigError
+from sigmabranch.peers import find_system
 from sigmabranch.report import (
     ablation_table,
     comparison_table,
@@ -76,8 +77,8 @@ def routed(seed: int) -> dict:
 
 def made() -> dict:
     """Nine rows, two of them dynamic, one marked, one failed, one to come, one without a seed."""
-    plain = {"name": "sigma-branch", "settings": []}
-    random = {"name": "sigma-branch", "settings": ["conversion.channels=random"]}
+    plain = find_system("sigma-branch").to_dict()
+    random = {**plain, "settings": ["conversion.channels=random"]}
     oracle = {"name": "rerouted", "rule": "oracle"}
     rows = {
         "sigma-branch": [
@@ -365,9 +366,9 @@ def test_the_page_is_whole_without_a_network_and_escapes_what_it_is_given(writte
     assert parser.tables == 2  # the comparison and the ablations
     assert page.count("<svg") == 3
     assert "no &lt;gates&gt;" in page and "<gates>" not in page and "compare <x>" not in page
-    assert "pruned, 80.00%, reads no more" in page
+    assert "pruned, 80.00%, reads about as much or less; over 3 common seeds" in page
     # The oracle is more accurate and reads no more either, but is no system.
-    assert "int8, 81.50%, reads no more" in page
+    assert "int8, 81.50%, reads about as much or less; over 3 common seeds" in page
 
 
 def test_a_page_without_trees_or_ablations_leaves_them_out(found, tmp_path):
@@ -464,6 +465,35 @@ def test_a_tree_of_another_size_is_an_ablation_too(found):
     assert list(rows) == ["sigma-branch", "pruned", "random-partition", "λ = 0"]
     assert rows["pruned"][0] == "active_share=0.25"
     assert rows["sigma-branch"][0] == NOTHING
+
+
+def test_rows_of_a_version_without_a_field_and_of_one_with_it_are_read(found):
+    for some in found["rows"]["sigma-branch"].values():
+        some["system"] = {"name": "sigma-branch", "settings": []}
+    assert read_comparison(found).branched.changes == ()
+    for some in found["rows"]["sigma-branch"].values():
+        some["system"] = {"name": "sigma-branch", "settings": [], "trunk_left": 0}
+    compared = read_comparison(found)
+    assert compared.branched is None
+    assert [entry.changes for entry in compared.ablations] == [
+        ("trunk_left=0",), ("conversion.channels=random",),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "what", [[], "text", {"schema": 1}, {"schema": 1, "failed": [], "rows": {"a": {"0": {}}}}]
+)
+def test_what_is_no_comparison_is_refused_in_one_line(what):
+    with pytest.raises(CheckpointError, match="this is no comparison"):
+        read_comparison(what)
+
+
+def test_a_tile_compares_with_the_best_rival_over_common_seeds(found, tmp_path):
+    del found["rows"]["pruned"]["0"]
+    _, page = write_comparison(found, tmp_path)
+    text = page.read_text()
+    # 81 - 80 and 82 - 82: the mean over all seeds of each would say 0 points.
+    assert "reads about as much or less; over 2 common seeds" in text
 
 
 def test_ablations_need_the_network_that_they_change(found):

@@ -129,6 +129,14 @@ def evaluation(share):
     }
 
 
+def test_names_of_classes_are_shown_as_they_are():
+    names = ["x$\\foo$", "a$b$"]
+    figure = class_leaf_map(evaluation([[0.2, 0.8], [0.6, 0.4]]), names)
+    figure.canvas.draw()  # which would stumble over formulas
+    shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert sorted(shown) == sorted(names)
+
+
 def test_classes_are_grouped_by_main_leaf_and_sorted_by_share_within():
     share = [[0.2, 0.8], [0.6, 0.4], [0.0, 1.0], [0.9, 0.1]]
     axes = class_leaf_map(evaluation(share), ["ant", "bee", "cow", "dog"]).axes[0]

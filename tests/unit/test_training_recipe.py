@@ -8,6 +8,7 @@ import pytest
 
 from sigmabranch.errors import ConfigError
 from sigmabranch.training import FinetuneRecipe, Recipe
+from sigmabranch.training.optim import lr_factor
 
 
 def test_defaults_are_the_papers_cifar_setting():
@@ -66,6 +67,16 @@ def test_whole_numbers_pass_for_floats():
 def test_two_definitions_of_the_responsibility_are_refused():
     with pytest.raises(ConfigError, match="choose one"):
         FinetuneRecipe(resp_prior=True, class_target=True)
+
+
+def test_a_longer_recipe_has_as_many_drops():
+    stepped = FinetuneRecipe(epochs=200, schedule="step", step_epochs=20, warmup_epochs=0)
+    long = stepped.lasting(400)
+    assert (long.epochs, long.step_epochs) == (400, 40)
+    for share in (0, 0.3, 0.999):
+        assert lr_factor(long, int(share * 4000), 10) == lr_factor(stepped, int(share * 2000), 10)
+    assert stepped.lasting(3).step_epochs == 1
+    assert FinetuneRecipe(epochs=60).lasting(90) == FinetuneRecipe(epochs=90)
 
 
 def test_lambda_moves_linearly_and_tau_geometrically_to_their_ends():

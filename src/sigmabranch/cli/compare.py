@@ -10,6 +10,7 @@ import typer
 from sigmabranch import files, report
 from sigmabranch.cli import options
 from sigmabranch.cli.screen import Screen, print_result
+from sigmabranch.data import Dataset
 from sigmabranch.errors import ConfigError
 from sigmabranch.peers import GROUPS, Comparison, find_rows, groups_of
 from sigmabranch.tasks import Chain, Task, find_task
@@ -75,7 +76,7 @@ def command(
         for name, reason in skipped.items():
             screen.say(f"{name} is left out: {reason}")
 
-        def chain(place: Path, seed: int, start: Any) -> Chain:
+        def chain(place: Path, seed: int, start: Any, dataset: Dataset | None) -> Chain:
             return Chain(
                 chosen,
                 place,
@@ -88,6 +89,7 @@ def command(
                 branching=False,
                 watch=screen.training,
                 calibrating=screen.calibrating,
+                dataset=dataset,
             )
 
         comparison = Comparison(
@@ -128,6 +130,10 @@ def _settings(task: Task, settings: Any) -> tuple[Task, dict[str, dict[str, Any]
 
 def _seeds(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
-        raise ConfigError(f"--seeds takes different whole numbers, comma-separated; got {text!r}")
-    return list(map(int, parts))
+    seeds = [int(part) for part in parts if part.isdecimal()]
+    if len(set(seeds)) < len(parts) or max(seeds) > options.LARGEST_SEED:
+        raise ConfigError(
+            "--seeds takes different whole numbers, comma-separated, none above "
+            f"{options.LARGEST_SEED}; got {text[:80]!r}"
+        )
+    return seeds

@@ -26,6 +26,8 @@ from sigmabranch.tasks.chain import Ordered
 from sigmabranch.tasks.counting import example
 from sigmabranch.training import launched_rank, resolve_device
 
+FLOAT = 32
+
 
 def command(
     dense: Annotated[
@@ -53,7 +55,7 @@ def command(
         int | None,
         typer.Option(help="Most multiply-accumulates of a path.", min=1, show_default=False),
     ] = None,
-    bits: Annotated[int, typer.Option(help="Bits of a parameter: 4, 8, 16 or 32.")] = 32,
+    bits: Annotated[int, typer.Option(help="Bits of a parameter: 4, 8, 16 or 32.")] = FLOAT,
     shape: Annotated[
         str | None,
         typer.Option(
@@ -87,8 +89,8 @@ def command(
 ) -> None:
     """Make a dense network branched; no fine-tuning yet."""
     limits: dict[str, Any] = {"total": total, "macs": macs, "bits": bits}
-    if budget is None and (total or macs or (dry_run and not propose)):
-        raise ConfigError("--dry-run, --total and --macs need a --budget, for example 40%")
+    if budget is None and (total or macs or bits != FLOAT or (dry_run and not propose)):
+        raise ConfigError("--dry-run, --total, --macs and --bits need a --budget, for example 40%")
     if ":" in dense and not Path(dense).is_dir():
         model, blank = open_model(dense, shape)
         if propose or not dry_run:
@@ -100,6 +102,8 @@ def command(
         unread = plan_budget(model, blank, str(budget), open_tree(settings), **limits)
         print_result(*_shown(unread, None), as_json)
         return
+    if shape is not None:
+        raise ConfigError(f"--input is the task's where {dense} is a folder: leave it out")
     folder = Path(dense)
     task, old_seed = read_source(folder, "dense", settings)
     seed = old_seed if seed is None else seed

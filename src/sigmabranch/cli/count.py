@@ -40,7 +40,7 @@ def command(
     if peer is not None:
         cost = _count_peer(what, peer, settings or ())
     elif Path(what).is_dir():
-        task, _ = read_source(Path(what), "branched", settings)
+        task, _ = read_source(Path(what), "branched", settings, made=True)
         cost = count_net(load_net(what), task)
     else:
         cost = count_task(find_task(what).with_settings(settings or ()))

@@ -13,6 +13,7 @@ from sigmabranch.cli import options
 from sigmabranch.cli.screen import print_result
 from sigmabranch.cli.source import read_source
 from sigmabranch.conversion import Shards
+from sigmabranch.errors import ConfigError
 from sigmabranch.measure import evaluate, evaluate_dense
 from sigmabranch.report import accuracy_table
 from sigmabranch.saving import load_dense, load_net
@@ -30,13 +31,15 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """Measure a saved network on its held-out split."""
-    task, saved_seed = read_source(net, None, settings)
+    task, saved_seed = read_source(net, None, settings, made=True)
     where, shards = resolve_device(device), Shards()
     if launched():
         engine = FabricEngine(device)
         where, shards = engine.device, engine.shards
     batches = ordered(open_task_data(task, data, where).test)
     if read_manifest(net)["kind"] == "dense":
+        if seed is not None:
+            raise ConfigError("a dense network has no routes to shuffle: leave out --seed")
         accuracy = evaluate_dense(load_dense(net).to(where), batches, shards=shards)
     else:
         shuffle = saved_seed if seed is None else seed

@@ -10,6 +10,8 @@ import typer
 
 from sigmabranch.tasks import TASKS
 
+# Numbers derived from it must fit torch's generators.
+LARGEST_SEED = 2**32 - 1
 TASK_HELP = f"One of {', '.join(TASKS)}."
 
 Data: TypeAlias = Annotated[
@@ -44,10 +46,16 @@ Bandwidth: TypeAlias = Annotated[
     ),
 ]
 SameSeed: TypeAlias = Annotated[
-    int | None, typer.Option(help="Another seed than the input's.", min=0, show_default=False)
+    int | None,
+    typer.Option(
+        help="Another seed than the input's.", min=0, max=LARGEST_SEED, show_default=False
+    ),
 ]
 Seed: TypeAlias = Annotated[
-    int, typer.Option(help="Seed of initialisation, order, augmentation and clustering.", min=0)
+    int,
+    typer.Option(
+        help="Seed of initialisation, order, augmentation and clustering.", min=0, max=LARGEST_SEED
+    ),
 ]
 Device: TypeAlias = Annotated[
     str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.", metavar="NAME")

@@ -14,7 +14,7 @@ from sigmabranch import files
 from sigmabranch.cli import options
 from sigmabranch.cli.screen import Screen, print_result
 from sigmabranch.cli.source import read_source
-from sigmabranch.data import Split
+from sigmabranch.data import Split, derive_seed
 from sigmabranch.deploy.export import check_format, export_net
 from sigmabranch.saving import load_net
 from sigmabranch.sizes import byte_count
@@ -57,7 +57,7 @@ def command(
     limit = None if total is None else byte_count(total)
     task, seed = read_source(net, "branched", None)
     dataset = open_task_data(task, data, torch.device("cpu"))
-    samples = _first(dataset.train, CALIBRATION)
+    samples = _drawn(dataset.train, CALIBRATION, seed)
     folder = out or net.resolve().parent / f"{net.resolve().name}-quantized"
     with Screen().live() as screen:
         screen.say(f"{folder}: fp32")
@@ -95,9 +95,10 @@ def command(
     print_result(measured, "\n".join(map(_line, rows)), as_json)
 
 
-def _first(split: Split, count: int) -> Tensor:
-    """The first inputs of a split, as they are."""
-    order = torch.arange(min(count, len(split)))
+def _drawn(split: Split, count: int, seed: int) -> Tensor:
+    """Inputs of a split, drawn at random, because some splits are stored class by class."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, 1))
+    order = torch.randperm(len(split), generator=generator)[:count]
     x, _ = next(iter(split.batches(order, len(order))))
     return x.contiguous()
 

@@ -17,6 +17,7 @@ from sigmabranch import files, report
 from sigmabranch.cli import options
 from sigmabranch.cli.screen import print_result
 from sigmabranch.deploy import Package, Runtime
+from sigmabranch.deploy.package import ancestry
 from sigmabranch.deploy.segment import Segment
 from sigmabranch.deploy.simulate import (
     INTERFACES,
@@ -93,14 +94,21 @@ def _by_macs(text: str) -> Callable[[Segment], float]:
 
 
 def _measured(package: Package) -> Callable[[Segment], float]:
-    """Seconds of each segment on this machine, each node's time divided by multiply-adds."""
+    """Seconds of each segment on this machine: multiply-adds at the pace of its depth's node."""
     torch.set_num_threads(1)
     x = torch.zeros(package.input_shape)
     with Runtime.open(package.folder) as runtime:
         traces = [runtime.predict(x).trace for _ in range(WARM + TIMED)][WARM:]
-    milliseconds = min(trace.compute_ms for trace in traces)
-    macs = sum(block.macs for node in package.path(traces[0].leaf) for block in node.blocks)
-    return lambda segment: segment.macs * milliseconds / 1e3 / macs
+    path = package.path(traces[0].leaf)
+    macs = [sum(block.macs for block in node.blocks) for node in path]
+    ms = [min(trace.node(node.key).compute_ms for trace in traces) for node in path]
+    pace = [took / max(done, 1) for took, done in zip(ms, macs, strict=True)]
+
+    def seconds(segment: Segment) -> float:
+        depth = min(len(ancestry(segment.node)), len(pace)) - 1
+        return segment.macs * pace[depth] / 1e3
+
+    return seconds
 
 
 def _latencies(

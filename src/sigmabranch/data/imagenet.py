@@ -218,6 +218,9 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
     names = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
     if not names:
         raise DataError(f"{folder} has no class folders: sort its images into one folder a class")
+    for name in names:
+        if os.fsencode(name).decode(errors="ignore") != name:
+            raise DataError(f"{folder} has a class folder {name!r}: give it a name that is text")
     return names
 
 

@@ -103,6 +103,8 @@ def _read_hdf5_file(file: Path, class_names: Sequence[str]) -> Clouds:
         with h5py.File(file, "r") as content:
             _check_shapes(file, content["data"].shape, content["label"].shape)
             clouds = content["data"][:, :POINTS].astype(np.float32)
+            if content["label"].dtype.kind not in "iu":
+                raise ValueError("labels that are no whole numbers")
             labels = content["label"][:].astype(np.int64).reshape(-1)
     except (OSError, KeyError, ValueError, AttributeError, RuntimeError) as error:
         raise _fault(

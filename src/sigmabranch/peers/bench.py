@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -55,7 +55,7 @@ class Bench:
     @property
     def scratch_recipe(self) -> Recipe:
         """The dense network's recipe, as long as source training and fine-tuning together."""
-        return replace(self.task.dense, epochs=self.epochs)
+        return self.task.dense.lasting(self.epochs)
 
     def dense(self) -> nn.Module:
         """A fresh copy of the trained source network, on :attr:`device`, in eval mode."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from sigmabranch import files
 from sigmabranch.archive import WEIGHTS, read_manifest
+from sigmabranch.data import Dataset
 from sigmabranch.errors import CheckpointError, ProcessLost
 from sigmabranch.peers.bench import Bench
 from sigmabranch.peers.catalog import find_control
@@ -44,7 +45,8 @@ class Comparison:
         skipped: row → why the task cannot have it.
         seeds: of fine-tuning, conversion and whatever else a row draws; the source network is that
             of the first.
-        chain: makes a :class:`~sigmabranch.tasks.Chain` of the task: (folder, seed, start) → chain.
+        chain: makes a :class:`~sigmabranch.tasks.Chain` of the task: (folder, seed, start, data if
+            they have been read) → chain.
         known: results of earlier comparisons, whose rows are taken over instead of being made.
         say: told in one line what begins, ends or fails.
         failed: (row, seed) → why, of this call.
@@ -56,7 +58,7 @@ class Comparison:
     groups: Mapping[str, Sequence[str]]
     skipped: Mapping[str, str]
     seeds: Sequence[int]
-    chain: Callable[[Path, int, Mapping[str, Path]], Chain]
+    chain: Callable[[Path, int, Mapping[str, Path], Dataset | None], Chain]
     known: Sequence[Mapping[str, Any]] = ()
     say: Callable[[str], None] = print
     failed: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -81,13 +83,12 @@ class Comparison:
         self._check_known()
         if not make:
             read_manifest(self.folder / "source" / "dense", "dense")  # refuses where there is none
-        source = self.chain(self.folder / "source", self.seeds[0], {})
+        source = self.chain(self.folder / "source", self.seeds[0], {}, None)
         source.dense()
         self._take_over(source)
         for seed in self.seeds if make else ():
             start = {"dense": source.folder / "dense"}
-            chain = self.chain(self.folder / f"seed{seed}", seed, start)
-            chain.dataset = source.dataset  # not read and kept twice
+            chain = self.chain(self.folder / f"seed{seed}", seed, start, source.dataset)
             for name, system in self.rows.items():
                 self._row(name, system, chain)
         return self.result(source)
@@ -101,7 +102,7 @@ class Comparison:
     def _check_known(self) -> None:
         """Refuse a known result that is none, or of another task, before any work."""
         for result in self.known:
-            if not isinstance(result, Mapping) or not result.keys() >= _KEYS:
+            if not _is_result(result):
                 raise CheckpointError(
                     "an included file is no result of compare: give what its --result wrote"
                 )
@@ -125,9 +126,19 @@ class Comparison:
                 )
             for name, system in self.rows.items():
                 for seed, row in result["rows"].get(name, {}).items():
-                    path = row_path(self.folder / f"seed{seed}", name)
-                    if system.made(row["system"]) and not path.exists():
-                        source.once(partial(files.write_json, path, row))
+                    if int(seed) in self.seeds:
+                        self._take_over_row(source, name, system, int(seed), row)
+
+    def _take_over_row(
+        self, source: Chain, name: str, system: System, seed: int, row: Mapping[str, Any]
+    ) -> None:
+        path = row_path(self.folder / f"seed{seed}", name)
+        if path.exists():
+            return
+        if system.made(row["system"]):
+            source.once(partial(files.write_json, path, row))
+        else:
+            self.say(f"{name}, seed {seed}: the included row has other settings and is left out")
 
     def _row(self, name: str, system: System, chain: Chain) -> None:
         """Make one row, unless it is there; a failure is kept, not raised."""
@@ -186,6 +197,25 @@ class Comparison:
             accuracy = source.dense_accuracy()
             source.once(lambda: files.write_json(path, accuracy))
         return files.read_json(path)
+
+
+def _is_result(result: Any) -> bool:
+    """Whether a file's content has the form of :meth:`Comparison.result`."""
+    if not isinstance(result, Mapping) or not result.keys() >= _KEYS:
+        return False
+    known = isinstance(result["source"], Mapping) and isinstance(result["rows"], Mapping)
+    return (
+        known
+        and "sha256" in result["source"]
+        and all(_is_row(by_seed) for by_seed in result["rows"].values())
+    )
+
+
+def _is_row(by_seed: Any) -> bool:
+    return isinstance(by_seed, Mapping) and all(
+        seed.isdecimal() and isinstance(row, Mapping) and isinstance(row.get("system"), Mapping)
+        for seed, row in by_seed.items()
+    )
 
 
 def source_digest(source: Chain) -> str:

@@ -122,7 +122,7 @@ class SinglePath(System):
         recipe, mark = bench.recipe, ""
         if self.match == "training":
             epochs = round(recipe.epochs * self._training_ratio(task))
-            recipe = replace(recipe, epochs=epochs)
+            recipe = recipe.lasting(epochs)
             mark = f"{epochs} epochs of fine-tuning: as much compute as the branched network's"
         bench.train(network, recipe=recipe)
         return Trained(

@@ -23,8 +23,8 @@ def phases(recipe: FinetuneRecipe) -> tuple[FinetuneRecipe, FinetuneRecipe]:
     pace = recipe.warmup_epochs / recipe.epochs
     last = recipe.epochs - first
     return (
-        replace(recipe, epochs=first, warmup_epochs=pace * first),
-        replace(recipe, epochs=last, warmup_epochs=pace * last),
+        replace(recipe.lasting(first), warmup_epochs=pace * first),
+        replace(recipe.lasting(last), warmup_epochs=pace * last),
     )
 
 

@@ -9,7 +9,6 @@ from sigmabranch.errors import ConfigError
 from sigmabranch.report.compared import Compared, Entry
 from sigmabranch.report.comparison_reader import read_comparison
 from sigmabranch.report.tables import NOTHING, Table, fraction, signed_points
-from sigmabranch.tasks import Spread
 from sigmabranch.tasks.published import PUBLISHED_ABLATION, PublishedAblation
 
 _HEADER = (
@@ -83,10 +82,9 @@ def _ours(entry: Entry, base: Entry) -> tuple[str, str, str]:
 
 def _paired(entry: Entry, base: Entry) -> str:
     """Change in points over the seeds that both have."""
-    both = sorted(entry.top1_by_seed.keys() & base.top1_by_seed.keys())
-    if not both:
+    change = entry.change_from(base)
+    if change is None:
         return NOTHING
-    change = Spread.of([entry.top1_by_seed[seed] - base.top1_by_seed[seed] for seed in both])
     deviation = "" if change.sd is None else f" ± {change.sd:.2f}"
     return f"{signed_points(change.mean).removesuffix(' pp')}{deviation} pp (n = {change.n})"
 

@@ -61,7 +61,8 @@ def class_leaf_map(
         if classes > _NAMED_CLASSES:
             _name_groups(axes, share_VL[rows], main_V[rows], [names[row] for row in rows])
         else:
-            axes.set_yticks(range(len(rows)), [names[row] for row in rows], color=style.INK)
+            labels = [names[row] for row in rows]
+            axes.set_yticks(range(len(rows)), labels, color=style.INK, parse_math=False)
     if classes > _NAMED_CLASSES or leaves > _LABELLED_LEAVES:
         _share_scale(figure)
     return figure
@@ -130,6 +131,7 @@ def _name_groups(
             ha="left",
             va="top",
             fontsize=8,
+            parse_math=False,  # names may hold dollar signs
         )
 
 

@@ -10,6 +10,8 @@ from sigmabranch.tasks import Spread
 
 BRANCHED = "sigma-branch"
 FULL_BITS = 32.0
+# Fields of the branched network's row that are unset other than by None.
+_DEFAULTS = {"same_size": False}
 
 
 class Range(NamedTuple):
@@ -63,6 +65,13 @@ class Entry:
         """Over the seeds, in percent."""
         return Spread.of(list(self.top1_by_seed.values()))
 
+    def change_from(self, other: Entry) -> Spread | None:
+        """Change of top-1 in points over the seeds that both have; None if there is none."""
+        both = sorted(self.top1_by_seed.keys() & other.top1_by_seed.keys())
+        if not both:
+            return None
+        return Spread.of([self.top1_by_seed[seed] - other.top1_by_seed[seed] for seed in both])
+
     @property
     def quantized(self) -> bool:
         """Whether a stored weight takes less than a float32."""
@@ -75,7 +84,8 @@ class Entry:
             return None
         own = {name: value for name, value in self.system.items() if name != "name"}
         texts = own.pop("settings")
-        return (*texts, *(f"{name}={value}" for name, value in own.items() if value is not None))
+        fields = (f"{name}={own[name]}" for name in own if own[name] is not _DEFAULTS.get(name))
+        return (*texts, *fields)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

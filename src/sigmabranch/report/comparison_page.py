@@ -111,16 +111,18 @@ def _tiles(compared: Compared) -> Iterator[tuple[str, str, str]]:
     )
     for group in ("peers", "controls"):
         rival = _rival(branched, compared.groups.get(group, ()))
-        if rival:
+        change = rival and branched.change_from(rival)
+        if rival and change:
             yield (
-                signed_points(ours - rival.top1.mean),
+                signed_points(change.mean),
                 f"top-1 against the best of the {group}",
-                f"{rival.name}, {percent(rival.top1.mean)}, reads no more",
+                f"{rival.name}, {percent(rival.top1.mean)}, reads about as much or less; "
+                f"over {change.n} common seed{'s' * (change.n > 1)}",
             )
 
 
 def _rival(branched: Entry, entries: Sequence[Entry]) -> Entry | None:
-    """The most accurate system that reads no more on average."""
+    """The most accurate system that reads about as much on average, or less."""
     affordable = [
         entry
         for entry in entries

@@ -40,10 +40,19 @@ def read_comparison(found: Mapping[str, Any]) -> Compared:
             missing.
 
     Raises:
-        CheckpointError: another version's file, or a row whose seeds have different settings, test
-            sets or counting conventions.
+        CheckpointError: no comparison, another version's file, or a row whose seeds have different
+            settings, test sets or counting conventions.
         ConfigError: no row at all, or one of another recipe that does not say so.
     """
+    try:
+        return _read(found)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"this is no comparison ({error!r}): give the file that compare --result wrote"
+        ) from error
+
+
+def _read(found: Mapping[str, Any]) -> Compared:
     if found.get("schema") != SCHEMA:
         raise CheckpointError(
             f"the comparison has schema {found.get('schema')}, this version reads {SCHEMA}: "

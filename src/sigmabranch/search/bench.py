@@ -83,11 +83,7 @@ class Bench:
         epochs = max(1, round(whole.epochs / 5)) if self.epochs is None else self.epochs
         part = epochs / whole.epochs
         return replace(
-            whole,
-            epochs=epochs,
-            warmup_epochs=whole.warmup_epochs * part,
-            step_epochs=max(1, round(whole.step_epochs * part)),
-            eval_every=epochs,
+            whole.lasting(epochs), warmup_epochs=whole.warmup_epochs * part, eval_every=epochs
         )
 
     @cached_property

@@ -86,6 +86,7 @@ class Chain:
         watch: called with (step name, :class:`~sigmabranch.training.Event`) while training.
         calibrating: called with (what, samples done, samples in all) while converting; both in the
             main process only.
+        dataset: the task's data, where they have been read already.
     """
 
     def __init__(
@@ -103,7 +104,10 @@ class Chain:
         branching: bool = True,
         watch: Callable[[str, Event], None] | None = None,
         calibrating: Callable[[str, int, int], None] | None = None,
+        dataset: Dataset | None = None,
     ) -> None:
+        if dataset is not None:
+            self.dataset = dataset
         self.task, self.folder, self.data, self.seed = task, Path(folder), data, seed
         self.engine, self.accumulate = FabricEngine(device), accumulate
         self.resume, self.watch = resume, watch
@@ -132,7 +136,7 @@ class Chain:
             ConfigError, CheckpointError: as for :class:`Chain`.
         """
         self.dense()
-        other = Chain(
+        return Chain(
             task,
             folder,
             data=self.data,
@@ -143,9 +147,8 @@ class Chain:
             start={"dense": self.folder / "dense"},
             watch=self.watch,
             calibrating=self.calibrating,
+            dataset=self.dataset,
         )
-        other.dataset = self.dataset  # not read and kept twice
-        return other
 
     def _check_folder(self) -> None:
         """Refuse a folder that holds another task, other settings or another seed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from sigmabranch.errors import ConfigError
@@ -76,6 +76,16 @@ class Recipe:
                     f"recipe {name} is {getattr(self, name)!r}, "
                     f"choose one of {', '.join(get_args(hint))}"
                 )
+
+    def lasting(self, epochs: int) -> Self:
+        """The same recipe over other ``epochs``, its schedule as much longer or shorter.
+
+        Warm-up keeps its length.
+        """
+        if self.schedule != "step":
+            return replace(self, epochs=epochs)
+        step_epochs = max(1, round(self.step_epochs * epochs / self.epochs))
+        return replace(self, epochs=epochs, step_epochs=step_epochs)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; :meth:`from_dict` is its inverse."""
