@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sigmabranch import files
-from sigmabranch.report import Table, comparison_table, main_rows, main_table
+from sigmabranch.report import Table, ablation_table, comparison_table, main_rows, main_table
 from sigmabranch.tasks import Group, find_task, group_results, read_results
 
 HERE = Path(__file__).resolve().parent
@@ -143,6 +143,11 @@ def main_of_the_paper() -> Table:
 def systems(name: str) -> Table:
     """Every system on one bench, as ``sigmabranch table comparison`` prints it."""
     return comparison_table(files.read_json(HERE / f"compare-{name}.json"))
+
+
+def ablations(name: str) -> Table:
+    """One thing changed at a time, as ``sigmabranch table ablations`` prints it."""
+    return ablation_table(files.read_json(HERE / f"compare-{name}.json"))
 
 
 def entries() -> Table:
@@ -359,6 +364,7 @@ def slimmer_trunks() -> Table:
 
 
 TABLES: Mapping[str, Callable[[], Table]] = {
+    "ablations-cifar100-small": partial(ablations, "cifar100-small"),
     "cifar100-small": cifar100_small,
     "digits": partial(demo, "digits-resnet"),
     "shapes": partial(demo, "shapes-pointnet2"),

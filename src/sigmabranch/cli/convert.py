@@ -102,10 +102,10 @@ def command(
         unread = plan_budget(model, blank, str(budget), open_tree(settings), **limits)
         print_result(*_shown(unread, None), as_json)
         return
-    if shape is not None:
-        raise ConfigError(f"--input is the task's where {dense} is a folder: leave it out")
     folder = Path(dense)
     task, old_seed = read_source(folder, "dense", settings)
+    if shape is not None:
+        raise ConfigError(f"--input is the task's where {dense} is a folder: leave it out")
     seed = old_seed if seed is None else seed
     with Screen().live() as screen:
         proposal = _proposal(folder, task, data, seed, device, screen) if propose else None
