@@ -9,8 +9,8 @@ or read.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -122,32 +122,20 @@ def read_sealed(
         CheckpointError: no manifest, a damaged one, or another format or schema.
     """
     path = folder / MANIFEST
-    with _legible(path):
-        manifest = files.read_json(path)
-        if not isinstance(manifest, dict) or manifest.get("format") != format:
-            raise CheckpointError(stranger)
-        check_schema(manifest, folder, schema)
-        found, expected = manifest.pop(_SEAL, None), sealed(manifest)[_SEAL]
-    if found != expected and (always or found is not None):
-        raise CheckpointError(f"{path} is damaged: its SHA-256 differs; copy it again")
-    return manifest
-
-
-def read_document(path: Path) -> Any:
-    """A JSON file beside the weights; :class:`CheckpointError` if it is missing or damaged."""
-    with _legible(path):
-        return files.read_json(path)
-
-
-@contextmanager
-def _legible(path: Path) -> Iterator[None]:
-    """What Python reads as JSON but nobody writes is damage."""
+    manifest = files.read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format") != format:
+        raise CheckpointError(stranger)
+    check_schema(manifest, folder, schema)
+    found = manifest.pop(_SEAL, None)
     try:
-        yield
-    except (ValueError, RecursionError) as error:
+        expected = sealed(manifest)[_SEAL]
+    except (ValueError, RecursionError) as error:  # which Python reads, but nobody writes
         raise CheckpointError(
             f"{path} is damaged: it holds NaN or infinity, or is nested too deep; copy it again"
         ) from error
+    if found != expected and (always or found is not None):
+        raise CheckpointError(f"{path} is damaged: its SHA-256 differs; copy it again")
+    return manifest
 
 
 def check_free(folder: Path | str, format: str, kind: str | None = None) -> None:
@@ -160,7 +148,7 @@ def check_free(folder: Path | str, format: str, kind: str | None = None) -> None
     """
     path = Path(folder) / MANIFEST
     try:
-        found = read_document(path) if path.is_file() else None
+        found = files.read_json(path) if path.is_file() else None
     except CheckpointError:
         return
     if found is None:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sigmabranch.archive import MANIFEST, fill, read_document, read_manifest, write_archive
+from sigmabranch import files
+from sigmabranch.archive import MANIFEST, fill, read_manifest, write_archive
 from sigmabranch.backbones import OWN, Backbone, build, rebuilt, source_of
 from sigmabranch.coupling import SlicePlan
 from sigmabranch.errors import (
@@ -58,7 +59,7 @@ def load_net(folder: Path | str, skeleton: nn.Module | Backbone | None = None) -
     folder = Path(folder)
     manifest = read_manifest(folder, "branched")
     net = net_skeleton(manifest, folder, skeleton)
-    net.record = read_document(folder / RECORD)
+    net.record = files.read_json(folder / RECORD)
     fill(net, folder)
     return net.eval()
 

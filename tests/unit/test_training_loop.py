@@ -9,13 +9,7 @@ import signal
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    RandomSampler,
-    TensorDataset,
-    WeightedRandomSampler,
-)
+from torch.utils.data import DataLoader, TensorDataset
 
 from sigmabranch.errors import (
     CheckpointError,
@@ -91,6 +85,10 @@ def recipe(kind=Recipe, **fields):
     return kind(**{**defaults, **fields})
 
 
+def train_dense(net, samples, plan, **options):
+    return fit(net, DenseObjective(plan), batches(samples), plan, **options)
+
+
 def weights(model):
     return torch.cat([tensor.flatten().double() for tensor in model.state_dict().values()])
 
@@ -107,15 +105,7 @@ def test_dense_network_learns_and_leaves_its_curve(tmp_path, engine, samples):
         return {"top1": 100 * (model(x).argmax(1) == y).float().mean()}
 
     net, plan = dense_net(), recipe(epochs=8)
-    result = fit(
-        net,
-        DenseObjective(plan),
-        batches(samples),
-        plan,
-        folder=tmp_path,
-        engine=engine,
-        evaluate=accuracy,
-    )
+    result = train_dense(net, samples, plan, folder=tmp_path, engine=engine, evaluate=accuracy)
     assert result.complete
     assert result.epoch == len(result.history) == 8
     assert not net.training
@@ -200,9 +190,7 @@ def test_complete_run_called_again_returns_its_weights_without_a_step(tmp_path, 
     plan = recipe(ema_decay=0.8)
     nets = [dense_net(), dense_net()]
     for net in nets:
-        result = fit(
-            net, DenseObjective(plan), batches(samples), plan, folder=tmp_path, engine=engine
-        )
+        result = train_dense(net, samples, plan, folder=tmp_path, engine=engine)
         assert result.complete
     assert torch.equal(weights(nets[0]), weights(nets[1]))
 
@@ -210,14 +198,8 @@ def test_complete_run_called_again_returns_its_weights_without_a_step(tmp_path, 
 def test_run_that_may_not_resume_starts_anew(tmp_path, engine, samples):
     for epochs in (2, 3):
         plan = recipe(epochs=epochs)
-        result = fit(
-            dense_net(),
-            DenseObjective(plan),
-            batches(samples),
-            plan,
-            folder=tmp_path,
-            engine=engine,
-            resume=False,
+        result = train_dense(
+            dense_net(), samples, plan, folder=tmp_path, engine=engine, resume=False
         )
         assert result.epoch == epochs
 
@@ -343,10 +325,9 @@ def test_moving_average_is_evaluated_and_returned(tmp_path, engine, samples):
     seen = []
     plan = recipe(ema_decay=0.95)
     net = dense_net()
-    fit(
+    train_dense(
         net,
-        DenseObjective(plan),
-        batches(samples),
+        samples,
         plan,
         folder=tmp_path,
         engine=engine,
@@ -400,15 +381,7 @@ def test_infinite_weight_is_never_saved(tmp_path, engine, samples):
         return True
 
     with pytest.raises(NumericError, match="a weight"):
-        fit(
-            net,
-            DenseObjective(plan),
-            batches(samples),
-            plan,
-            folder=tmp_path,
-            engine=engine,
-            stop=poison,
-        )
+        train_dense(net, samples, plan, folder=tmp_path, engine=engine, stop=poison)
     assert loop.load_checkpoint(tmp_path) is None
 
 
@@ -419,10 +392,9 @@ def test_signal_stops_at_a_step_with_a_checkpoint_and_handlers_return(
     before = signal.getsignal(number)
     calls = iter(range(1, 1000))
     plan = recipe()
-    result = fit(
+    result = train_dense(
         dense_net(),
-        DenseObjective(plan),
-        batches(samples),
+        samples,
         plan,
         folder=tmp_path,
         engine=engine,
@@ -436,15 +408,7 @@ def test_signal_stops_at_a_step_with_a_checkpoint_and_handlers_return(
 
 def test_time_limit_stops_with_a_checkpoint(tmp_path, engine, samples):
     plan, net = recipe(), dense_net()
-    result = fit(
-        net,
-        DenseObjective(plan),
-        batches(samples),
-        plan,
-        folder=tmp_path,
-        engine=engine,
-        max_minutes=0.0,
-    )
+    result = train_dense(net, samples, plan, folder=tmp_path, engine=engine, max_minutes=0.0)
     assert not result.complete
     assert "time limit" in result.reason
     assert not net.training
@@ -455,10 +419,9 @@ def test_long_epochs_are_saved_on_the_way(tmp_path, engine, samples, monkeypatch
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     steps = []
     plan = recipe(epochs=1)
-    fit(
+    train_dense(
         dense_net(),
-        DenseObjective(plan),
-        batches(samples),
+        samples,
         plan,
         folder=tmp_path,
         engine=engine,
@@ -469,10 +432,9 @@ def test_long_epochs_are_saved_on_the_way(tmp_path, engine, samples, monkeypatch
 
 def test_evaluation_every_second_epoch_and_after_the_last(tmp_path, engine, samples):
     plan = recipe(epochs=5, eval_every=2)
-    result = fit(
+    result = train_dense(
         dense_net(),
-        DenseObjective(plan),
-        batches(samples),
+        samples,
         plan,
         folder=tmp_path,
         engine=engine,
@@ -515,22 +477,6 @@ def test_data_that_ends_early_is_refused(tmp_path, engine, samples):
         fit(dense_net(), DenseObjective(plan), short, plan, folder=tmp_path, engine=engine)
 
 
-def weighted(data, generator):
-    return WeightedRandomSampler(torch.ones(len(data)), len(data), generator=generator)
-
-
-@pytest.mark.parametrize("sampler", [RandomSampler, weighted])
-@pytest.mark.parametrize("batched", [False, True])
-def test_samplers_with_generators_of_their_own_draw_the_same_again(samples, sampler, batched):
-    data = TensorDataset(*samples)
-    order = sampler(data, generator=torch.Generator())
-    options = {"batch_sampler": BatchSampler(order, 8, False)} if batched else {"sampler": order}
-    source = LoaderBatches(DataLoader(data, 1 if batched else 8, **options), seed=2)
-    first, again, other = ([y for _, y, _ in source.epoch(number)] for number in (1, 1, 2))
-    assert all(map(torch.equal, first, again))
-    assert not all(map(torch.equal, first, other))
-
-
 def test_an_epoch_that_was_left_at_its_end_records_the_rate_of_its_last_step(
     tmp_path, engine, samples, monkeypatch
 ):
@@ -538,14 +484,8 @@ def test_an_epoch_that_was_left_at_its_end_records_the_rate_of_its_last_step(
     plan = recipe()
 
     def run(folder, evaluate):
-        return fit(
-            dense_net(),
-            DenseObjective(plan),
-            batches(samples),
-            plan,
-            folder=folder,
-            engine=engine,
-            evaluate=evaluate,
+        return train_dense(
+            dense_net(), samples, plan, folder=folder, engine=engine, evaluate=evaluate
         ).history
 
     def killed(net):
@@ -558,33 +498,12 @@ def test_an_epoch_that_was_left_at_its_end_records_the_rate_of_its_last_step(
     assert [row["lr"] for row in resumed] == [row["lr"] for row in whole]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_loader_entered_in_the_middle_yields_the_same_batches(samples, workers):
-    class Noisy(TensorDataset):
-        def __getitem__(self, index):
-            x, y = super().__getitem__(index)
-            return x + torch.randn(WIDTH), y
-
-    loader = DataLoader(Noisy(*samples), 8, shuffle=True, num_workers=workers)
-    source = LoaderBatches(loader, seed=2)
-    whole = []
-    for pair in source.epoch(3):
-        whole.append(pair)
-        torch.rand(2)  # as dropout would
-    rest = list(source.epoch(3, start=4))
-    assert len(rest) == 3
-    for (x, y, _), (again_x, again_y, _) in zip(whole[4:], rest, strict=True):
-        assert torch.equal(x, again_x)
-        assert torch.equal(y, again_y)
-    assert not torch.equal(whole[0][1], next(source.epoch(4))[1])
-
-
 def test_global_generator_is_left_as_it_was(tmp_path, engine, samples):
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
     plan = recipe(epochs=1)
-    fit(DENSE, DenseObjective(plan), batches(samples), plan, folder=tmp_path, engine=engine)
+    train_dense(DENSE, samples, plan, folder=tmp_path, engine=engine)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -602,14 +521,7 @@ def test_folder_that_cannot_be_written_is_one_line(tmp_path, engine, samples):
     (tmp_path / "file").write_text("")
     plan = recipe()
     with pytest.raises(CheckpointError, match="cannot write"):
-        fit(
-            dense_net(),
-            DenseObjective(plan),
-            batches(samples),
-            plan,
-            folder=tmp_path / "file" / "run",
-            engine=engine,
-        )
+        train_dense(dense_net(), samples, plan, folder=tmp_path / "file" / "run", engine=engine)
 
 
 def test_device_names():

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from sigmabranch.archive import read_manifest
@@ -15,14 +14,12 @@ from sigmabranch.cli.models import open_model, open_tree
 from sigmabranch.cli.screen import Screen, print_result
 from sigmabranch.cli.source import read_source
 from sigmabranch.conversion import BudgetPlan, Proposal, plan_budget
-from sigmabranch.data import derive_seed
 from sigmabranch.errors import ConfigError
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.report import budget_table, proposal_table
 from sigmabranch.saving import load_dense
 from sigmabranch.search import proposed
-from sigmabranch.tasks import Chain, Task, open_task_data
-from sigmabranch.tasks.chain import Ordered
+from sigmabranch.tasks import Chain, Task, open_task_data, shuffled
 from sigmabranch.tasks.counting import example
 from sigmabranch.training import launched_rank, resolve_device
 
@@ -151,11 +148,10 @@ def _proposal(
     """The tree that the training split proposes for the dense network in ``folder``."""
     where = resolve_device(device)
     train = open_task_data(task, data, where).train
-    generator = torch.Generator().manual_seed(derive_seed(seed, 1))
     return proposed(
         task,
         load_dense(folder).to(where),
-        Ordered(train, torch.randperm(len(train), generator=generator)),
+        shuffled(train, seed),
         seed,
         None if launched_rank() else screen.calibrating,
     )

@@ -8,17 +8,16 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
 
 from sigmabranch import files
 from sigmabranch.cli import options
 from sigmabranch.cli.screen import Screen, print_result
 from sigmabranch.cli.source import read_source
-from sigmabranch.data import Split, derive_seed
+from sigmabranch.data import Split
 from sigmabranch.deploy.export import check_format, export_net
 from sigmabranch.saving import load_net
 from sigmabranch.sizes import byte_count
-from sigmabranch.tasks import open_task_data
+from sigmabranch.tasks import open_task_data, shuffled
 from sigmabranch.tasks.provenance import provenance
 
 # Training samples among which each node finds those to be calibrated on.
@@ -57,7 +56,8 @@ def command(
     limit = None if total is None else byte_count(total)
     task, seed = read_source(net, "branched", None)
     dataset = open_task_data(task, data, torch.device("cpu"))
-    samples = _drawn(dataset.train, CALIBRATION, seed)
+    order = shuffled(dataset.train, seed).order[:CALIBRATION]
+    samples = next(iter(dataset.train.batches(order, len(order))))[0].contiguous()
     folder = out or net.resolve().parent / f"{net.resolve().name}-quantized"
     with Screen().live() as screen:
         screen.say(f"{folder}: fp32")
@@ -93,14 +93,6 @@ def command(
     if result is not None:
         files.write_json(result, measured)
     print_result(measured, "\n".join(map(_line, rows)), as_json)
-
-
-def _drawn(split: Split, count: int, seed: int) -> Tensor:
-    """Inputs of a split, drawn at random, because some splits are stored class by class."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, 1))
-    order = torch.randperm(len(split), generator=generator)[:count]
-    x, _ = next(iter(split.batches(order, len(order))))
-    return x.contiguous()
 
 
 def _row(name: str, path: Any, test: Split, leaf: list[str] | None) -> dict[str, Any]:

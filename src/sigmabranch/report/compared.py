@@ -10,8 +10,6 @@ from sigmabranch.tasks import Spread
 
 BRANCHED = "sigma-branch"
 FULL_BITS = 32.0
-# Fields of the branched network's row that are unset other than by None.
-_DEFAULTS = {"same_size": False}
 
 
 class Range(NamedTuple):
@@ -84,8 +82,8 @@ class Entry:
             return None
         own = {name: value for name, value in self.system.items() if name != "name"}
         texts = own.pop("settings")
-        fields = (f"{name}={own[name]}" for name in own if own[name] is not _DEFAULTS.get(name))
-        return (*texts, *fields)
+        unset = [name for name, value in own.items() if value is None or value is False]
+        return (*texts, *(f"{name}={own[name]}" for name in own if name not in unset))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,7 @@
 """Named tasks and the chain of steps that carries one from data to a result."""
 
 from sigmabranch.tasks.catalog import TASKS, find_task
-from sigmabranch.tasks.chain import Chain, Stopped, open_task_data, ordered
+from sigmabranch.tasks.chain import Chain, Stopped, open_task_data, ordered, shuffled
 from sigmabranch.tasks.constants import Constant, constants
 from sigmabranch.tasks.counting import count_net, count_task
 from sigmabranch.tasks.paper import PAPER, PaperTask, Source
@@ -30,4 +30,5 @@ __all__ = [
     "ordered",
     "read_results",
     "setting_keys",
+    "shuffled",
 ]

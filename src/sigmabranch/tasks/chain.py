@@ -289,7 +289,7 @@ class Chain:
 
     def accuracy(self, net: SigmaBranchNet) -> dict[str, Any]:
         """All figures of one branched network; a class's best leaf is chosen on training data."""
-        known = Ordered(self.dataset.train, self._some_order()[:CEILING_SAMPLES])
+        known = Ordered(self.dataset.train, self.calibration().order[:CEILING_SAMPLES])
         class_leaf = evaluate(net, known, shards=self.engine.shards)["best_leaf_of_class"]
         return self._measure(evaluate, net, class_leaf=class_leaf, seed=self.seed)
 
@@ -300,11 +300,7 @@ class Chain:
 
     def calibration(self) -> Ordered:
         """The training split without augmentation, in one random order."""
-        return Ordered(self.dataset.train, self._some_order())
-
-    def _some_order(self) -> Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, 1))
-        return torch.randperm(len(self.dataset.train), generator=generator)
+        return shuffled(self.dataset.train, self.seed)
 
     def _fit(
         self,
@@ -424,6 +420,12 @@ class Ordered:
 def ordered(split: Split) -> Ordered:
     """All of a split in its own order, without augmentation."""
     return Ordered(split, torch.arange(len(split)))
+
+
+def shuffled(split: Split, seed: int) -> Ordered:
+    """All of a split in one random order, without augmentation: some are stored by class."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, 1))
+    return Ordered(split, torch.randperm(len(split), generator=generator))
 
 
 @contextmanager
