@@ -18,12 +18,16 @@ from sigmabranch.coupling import SlicePlan
 from sigmabranch.errors import ConfigError, DataError
 from sigmabranch.explain import Explanation, explain
 from sigmabranch.routing import Router, Routes, stacked
+from sigmabranch.rows import Hand, deal, hands, take
 from sigmabranch.tree import NodeId, TreeSpec, node_key
 
 RECORD = "record.json"
 
-# A router's decision on the samples at its node: the larger log p, and its branch.
+# A router's decision on each sample of a batch: the larger log p, and its branch.
 Choice: TypeAlias = tuple[Tensor, Tensor]
+
+# Rows that each node gets while training: batch norms of pooled features cannot learn from one.
+_FEWEST = 2
 
 
 class SoftOutput(NamedTuple):
@@ -55,6 +59,21 @@ class HardOutput(NamedTuple):
     log_prob: Tensor
 
 
+class _Arrived(NamedTuple):
+    """The samples at a node: their row numbers, own ones first, how many these are, and log P."""
+
+    rows: Tensor
+    own: int
+    log_prob: Tensor
+
+    def part(self, hand: Hand) -> _Arrived:
+        """Those that go on to one branch; a borrowed sample stays borrowed."""
+        chosen, own = hand
+        if self.own < len(self.rows):
+            own = int((chosen[:own] < self.own).sum())
+        return _Arrived(self.rows[chosen], own, self.log_prob[chosen])
+
+
 class SigmaBranchNet(nn.Module):
     """A trunk, routers, specializers and leaf heads (paper, section III).
 
@@ -67,6 +86,10 @@ class SigmaBranchNet(nn.Module):
         plans: node → which channels of the dense network it holds.
         source: how to rebuild the dense network's skeleton, or None.
         record: what the conversion decided (:mod:`sigmabranch.conversion.record`).
+
+    Attributes:
+        united: whether all leaves are one path for now
+            (:mod:`sigmabranch.training.upcycling`).
 
     Raises:
         ConfigError: the trunk has no module ``tree.decide_after``.
@@ -86,12 +109,13 @@ class SigmaBranchNet(nn.Module):
     ) -> None:
         super().__init__()
         self.tree, self.source, self.record = tree, source, record
-        self.plans = dict(plans)
+        self.plans: dict[NodeId, SlicePlan] = dict(plans)
         self.trunk = trunk
         self.specializers = by_node(specializers)
         self.routers = by_node(routers)
         self.heads = by_node(heads)
         self.routes = Routes(tree)
+        self.united = False
         self.trunk_parts()  # refuses a tree that does not fit
 
     @property
@@ -138,17 +162,23 @@ class SigmaBranchNet(nn.Module):
         """Top-1 decisions from the root to a leaf; only the chosen nodes run (paper, eq. 9).
 
         With early decision all are made before the trunk goes on, else one after each node. A batch
-        is split among the branches by index; a batch of one touches one path. Raises
-        :class:`DataError` at an empty batch.
+        is split among the branches by index; a batch of one touches one path.
+
+        In training mode every node runs: one that few rows reach borrows some, whose outputs are
+        dropped. Batch norms then have what they need, and processes that train together stay in
+        step. While :attr:`united` nothing is decided: all samples take the one path there is.
+
+        Raises:
+            DataError: the batch is empty.
         """
         if not len(x):
             raise DataError("the batch is empty: give at least one input")
         rows_B = torch.arange(len(x), device=x.device)
-        certain_B = torch.zeros(len(x), device=x.device)
+        arrived = _Arrived(rows_B, len(x), torch.zeros(len(x), device=x.device))
         until, rest = self.trunk_parts()
         seen = until(x)
-        decided = self._decided(seen, rows_B) if self.early else {}
-        parts = list(self._descend((), rest(seen), rows_B, certain_B, decided))
+        decided = self._decided(seen, rows_B) if self.early and not self.united else {}
+        parts = list(self._descend((), rest(seen), arrived, decided))
         order_B = torch.cat([rows for rows, *_ in parts]).argsort()
         return HardOutput(
             logits=torch.cat([logits for _, logits, _, _ in parts])[order_B],
@@ -169,7 +199,7 @@ class SigmaBranchNet(nn.Module):
         return self.routes.hard(soft.branch_log_prob)
 
     def _decided(self, seen: Any, rows: Tensor) -> dict[NodeId, Choice]:
-        """The early choices at every inner node that rows reach, in the rows' order."""
+        """The early choices at every inner node, for all samples; unset for those not there."""
         arrived: dict[NodeId, Tensor] = {(): rows}
         decided: dict[NodeId, Choice] = {}
         for node in self.tree.inner:
@@ -178,33 +208,37 @@ class SigmaBranchNet(nn.Module):
                 continue
             part = seen if len(here) == len(rows) else take(seen, here)
             best, branch = self.router(node)(part).max(dim=-1)
-            decided[node] = best, branch
+            decided[node] = (
+                best.new_zeros(len(rows)).index_put((here,), best),
+                branch.new_zeros(len(rows)).index_put((here,), branch),
+            )
             arrived |= {child: here[branch == child[-1]] for child in self.tree.children(node)}
         return decided
 
     def _descend(
-        self,
-        node: NodeId,
-        feature: Any,
-        rows: Tensor,
-        log_prob: Tensor,
-        decided: Mapping[NodeId, Choice],
+        self, node: NodeId, feature: Any, arrived: _Arrived, decided: Mapping[NodeId, Choice]
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Yield (rows, logits, leaf, log_prob) of each leaf below ``node`` that rows reach."""
-        if node in self.tree.leaves:
+        rows, own, log_prob = arrived
+        children = self.tree.children(node)
+        if not children:
             leaf = torch.full_like(rows, self.tree.leaves.index(node))
-            yield rows, self.head(node)(feature), leaf, log_prob
+            yield rows[:own], self.head(node)(feature)[:own], leaf[:own], log_prob[:own]
             return
-        best, branch = decided[node] if self.early else self.router(node)(feature).max(dim=-1)
-        log_prob = log_prob + best
-        for child in self.tree.children(node):
-            chosen = (branch == child[-1]).nonzero().flatten()
-            if not len(chosen):
-                continue
-            part = feature if len(chosen) == len(rows) else take(feature, chosen)
-            yield from self._descend(
-                child, self.specializer(child)(part), rows[chosen], log_prob[chosen], decided
-            )
+        if self.united:
+            inside = self.specializer(children[0])(feature)
+            yield from self._descend(children[0], inside, arrived, decided)
+            return
+        if self.early:
+            best, branch = (choice_B[rows] for choice_B in decided[node])
+        else:
+            best, branch = self.router(node)(feature).max(dim=-1)
+        dealt = hands(branch, len(children), _FEWEST if self.training else 0)
+        arrived = _Arrived(rows, own, log_prob + best)
+        for child, hand, part in zip(children, dealt, deal(feature, dealt), strict=True):
+            if len(hand.rows):
+                inside = self.specializer(child)(part)
+                yield from self._descend(child, inside, arrived.part(hand), decided)
 
     def save(self, folder: FilePath | str, notes: Mapping[str, Any] | None = None) -> None:
         """Write the network into ``folder``; :func:`sigmabranch.load` reads it back.
@@ -354,8 +388,3 @@ def below(tree: TreeSpec, nodes: Iterable[NodeId], log_prob_BL: Tensor) -> dict[
 def by_node(modules: Mapping[NodeId, nn.Module]) -> nn.ModuleDict:
     """Modules under their nodes' keys."""
     return nn.ModuleDict({node_key(node): module for node, module in modules.items()})
-
-
-def take(feature: Any, rows: Tensor) -> Any:
-    """The given rows of every tensor of a feature."""
-    return torch.utils._pytree.tree_map(lambda tensor: tensor[rows], feature)

@@ -74,8 +74,24 @@ def test_interrupted_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     assert resumed["curve"] == uninterrupted["curve"]
 
 
-def test_two_processes_train_as_one(tmp_path):
-    options = ("--dropout", "0", "--no-norm")
+def test_a_run_resumes_bit_for_bit_on_either_side_of_its_turn(tmp_path):
+    options = ("--upcycle", "0.4")  # the leaves part after step 19
+    whole = finish(start(tmp_path / "whole", *options))
+    folder = tmp_path / "parts"
+    for step in (9, 19, 30):
+        process = start(folder, *options, "--pause", "0.03")
+        wait_for_step(folder, process, step)
+        process.kill()
+        process.communicate(timeout=TIMEOUT)
+    resumed = finish(start(folder, *options))
+    assert resumed["complete"]
+    assert resumed["digest"] == whole["digest"]
+    assert resumed["curve"] == whole["curve"]
+
+
+@pytest.mark.parametrize("upcycle", ["0", "0.4"])
+def test_two_processes_train_as_one(tmp_path, upcycle):
+    options = ("--dropout", "0", "--no-norm", "--upcycle", upcycle)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     one = start(tmp_path / "one", *options)
     two = start(tmp_path / "two", *options, launcher=launcher)

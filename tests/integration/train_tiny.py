@@ -19,7 +19,14 @@ from torch import nn
 from sigmabranch.data import Share, own_rows
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.routing import Router
-from sigmabranch.training import BranchedObjective, FabricEngine, FinetuneRecipe, fit, loop
+from sigmabranch.training import (
+    BranchedObjective,
+    FabricEngine,
+    FinetuneRecipe,
+    RoutedObjective,
+    fit,
+    loop,
+)
 from sigmabranch.tree import TreeSpec
 
 CLASSES, PIXELS, SAMPLES = 5, 6, 91
@@ -77,6 +84,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--no-norm", action="store_true")
+    parser.add_argument("--upcycle", type=float, default=0.0)
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--accumulate", type=int, default=1)
     args = parser.parse_args()
@@ -96,10 +104,12 @@ def main() -> None:
         balance_weight=0.2,
         node_grad_scale=True,
         resp_weight_end=0.0,
+        upcycle=args.upcycle,
     )
+    objective = RoutedObjective(recipe, None, 4) if args.upcycle else BranchedObjective(recipe)
     result = fit(
         net,
-        BranchedObjective(recipe),
+        objective,
         Shuffled(8, engine, args.pause),
         recipe,
         folder=args.folder,

@@ -37,7 +37,12 @@ def as_pair(batch: Any) -> tuple[Tensor, Tensor]:
             f"tensors: this one is a {type(batch).__name__}"
         )
     x, *labels = parts
-    return x, labels[0] if labels else x.new_empty(len(x), 0, dtype=torch.int64)
+    return x, labels[0] if labels else without_labels(x)
+
+
+def without_labels(rows: Tensor) -> Tensor:
+    """The labels of so many samples that have none: int64 of shape (B, 0)."""
+    return rows.new_empty(len(rows), 0, dtype=torch.int64)
 
 
 def has_labels(y: Tensor) -> bool:

@@ -105,7 +105,7 @@ class ChannelChoice:
         groups: list[Space] = []
         for level, entry in enumerate(self.entries, start=1):
             how = self.spec.inner or ("activation" if entry == "inner" else "norm")
-            if how == "activation" and self.spec.channels == "activation":
+            if how == "activation" and self.spec.channels in ("activation", "average"):
                 groups += map(self.cutter.coupling.space, self.inner_kept(level))
         return DenseActivations(self.backbone, self.levels, self.cutter.coupling, groups)
 

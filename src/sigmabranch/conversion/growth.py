@@ -232,7 +232,13 @@ class Growth:
     # Channels (phases 2 and 4).
 
     def select(self, nodes: Sequence[NodeId]) -> None:
-        """Choose every child's channels from the dense activations of its cluster."""
+        """Choose every child's channels from the dense activations of its cluster, or of all."""
+        if self.spec.channels == "average":
+            for node in nodes:
+                for child in self.tree.children(node):
+                    levels = self.tree.levels_of(child)
+                    self.record.nodes[child] = [self._average[level - 1] for level in levels]
+            return
         means = self._channel_means(nodes) if self.spec.channels == "activation" else {}
         for node in nodes:
             mean = means.get(node, {})
@@ -274,6 +280,10 @@ class Growth:
 
     def _means(self, sums: Mapping[str, ChannelSums]) -> dict[str, Tensor]:
         return {name: total.mean(self.shards, name) for name, total in sums.items()}
+
+    @cached_property
+    def _average(self) -> list[NodeChannels]:
+        return self.average_channels()
 
     def average_channels(self) -> list[NodeChannels]:
         """The channels of every level that do most over all samples."""

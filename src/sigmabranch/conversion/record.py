@@ -26,8 +26,9 @@ class ConversionSpec:
         samples: at most this many calibration samples are read (N_max).
         clusters: ``"latents"`` (spherical k-means, the paper) or ``"classes"`` (balanced k-means
             on the class means of the latents; needs labels and a binary tree).
-        channels: ``"activation"`` (the paper), ``"random"`` (its ablation), or ``"uniform"``
-            (evenly spaced, the same for all branches).
+        channels: ``"activation"`` (the paper), ``"random"`` (its ablation), ``"uniform"`` (evenly
+            spaced, the same for all branches), or ``"average"`` (the strongest over all samples,
+            the same for all branches, as late upcycling needs them).
         shared_fraction: ρ, the part of a branch's channels that all branches share.
         projection: ``"random"`` (the paper) or ``"pca"``, the principal axes of the features that a
             router reads.
@@ -86,7 +87,7 @@ class ConversionSpec:
 
 
 _CLUSTERS = ("latents", "classes")
-_CHANNELS = ("activation", "random", "uniform")
+_CHANNELS = ("activation", "random", "uniform", "average")
 _INNER = ("norm", "activation")
 _PROJECTIONS = ("random", "pca")
 

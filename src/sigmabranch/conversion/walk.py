@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sigmabranch.errors import DataError
-from sigmabranch.net import split_trunk, take
+from sigmabranch.net import split_trunk
 from sigmabranch.routing import Router
+from sigmabranch.rows import take
 from sigmabranch.tree import NodeId, TreeSpec
 
 

@@ -63,7 +63,7 @@ class Bench:
 
     def teacher(self, recipe: Recipe) -> nn.Module | None:
         """The source network, if ``recipe`` asks for imitation of it."""
-        return self.dense() if recipe.distill_weight else None
+        return self.dense() if recipe.distills else None
 
     def continued(self) -> nn.Module:
         """The source network, trained on with :attr:`recipe`; once for all rows that need it."""

@@ -26,7 +26,7 @@ from sigmabranch.peers.row import measure_row
 from sigmabranch.peers.system import System
 from sigmabranch.tasks import Chain, Stopped, Task
 from sigmabranch.tasks.provenance import provenance
-from sigmabranch.tasks.task import first_difference
+from sigmabranch.tasks.task import completed, first_difference
 
 ROW = "row.json"
 SCHEMA = 1
@@ -111,7 +111,7 @@ class Comparison:
                     f"an included result has schema {result['schema']}, this version reads "
                     f"{SCHEMA}: make it again"
                 )
-            difference = first_difference(result["task"], self.task.to_dict())
+            difference = first_difference(completed(result["task"]), self.task.to_dict())
             if difference:
                 raise CheckpointError(f"an included result is of another task: {difference}")
 

@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from sigmabranch.errors import DataError
 from sigmabranch.measure import Load, module_costs
-from sigmabranch.net import below, by_node, take
+from sigmabranch.net import below, by_node
+from sigmabranch.rows import take
 from sigmabranch.tree import NodeId, TreeSpec, node_key
 
 # The authors' constants: the stretch of the sigmoid, so that soft gates reach 0 and 1, and how

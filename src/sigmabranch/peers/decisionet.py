@@ -61,7 +61,7 @@ class DecisionObjective(DenseObjective):
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> StepOutput:
         """Loss, the distance from the codes, and how many gates are on their class's side."""
         logits_BV, gate_BI, arrived_BL, code_VI = model(x)
-        loss, metrics, _ = self.classified(logits_BV, x, y)
+        loss, metrics, _ = self.classified(logits_BV, x, y, progress)
         code_BI = code_VI[y]
         on_way_BI = (code_BI != OFF_ITS_WAY).float()
         count = on_way_BI.sum().clamp(min=1)

@@ -143,7 +143,7 @@ class SparseObjective(DenseObjective):
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> StepOutput:
         """Loss, training accuracy and share of open gates of one batch."""
         chosen = model(x)
-        output = self.classified(chosen.logits, x, y)
+        output = self.classified(chosen.logits, x, y, progress)
         embedded = F.cross_entropy(chosen.embedded_logits.float(), y)
         penalty = min(1.0, progress / _WARMUP) * self._penalty(chosen)
         loss = output.loss + self.system.embedding_weight * embedded + penalty

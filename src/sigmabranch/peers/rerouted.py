@@ -247,10 +247,9 @@ class FlatNet(SigmaBranchNet):
                     for child in self.tree.children(node)
                 ]
             )
-            here_B = under_KB.any(0)
             # The whole choice is made, and its log p given, at the root.
             gain_B = torch.zeros_like(best_B) if node else best_B
-            decided[node] = gain_B[here_B], under_KB[:, here_B].long().argmax(0)
+            decided[node] = gain_B, under_KB.long().argmax(0)
         return decided
 
     def no_weight_decay(self) -> set[str]:

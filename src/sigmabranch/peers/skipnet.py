@@ -170,7 +170,7 @@ class RateObjective(DenseObjective):
         """Loss, training accuracy and share of open gates of one batch."""
         self.network.noise.fill_(1 - progress)
         gated = model(x)
-        output = self.classified(gated.logits, x, y)
+        output = self.classified(gated.logits, x, y, progress)
         rate_G = gated.open.mean(0)
         away = (rate_G - self.system.target).square().mean()
         loss = output.loss + self.system.rate_weight * away + self._charge(rate_G)
@@ -201,7 +201,7 @@ class HybridObjective(DenseObjective):
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> StepOutput:
         """Loss, training accuracy and share of open gates of one batch."""
         gated = model(x)
-        output = self.classified(gated.logits, x, y)
+        output = self.classified(gated.logits, x, y, progress)
         error_B = F.cross_entropy(gated.logits.detach().float(), y, reduction="none")
         return_BG = returns(gated.open, error_B, self.system.reward)
         log_prob_BG = -F.binary_cross_entropy_with_logits(

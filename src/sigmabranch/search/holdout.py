@@ -15,7 +15,7 @@ from sigmabranch.data import Dataset, derive_seed
 from sigmabranch.data.split import stratified
 from sigmabranch.errors import CheckpointError, ConfigError
 from sigmabranch.tasks import Task, open_task_data
-from sigmabranch.tasks.task import first_difference
+from sigmabranch.tasks.task import completed, first_difference
 
 # Of the data set's own limit, so that both choose the same samples.
 _LIMIT_SEED = derive_seed(0, 0)
@@ -65,7 +65,7 @@ def has_seen(dense: Path, task: Task, held: Held) -> bool:
     Raises:
         CheckpointError: it is of another task.
     """
-    theirs = read_manifest(dense, "dense")["notes"].get("task", {})
+    theirs = completed(read_manifest(dense, "dense")["notes"].get("task"))
 
     def difference(ours: Task) -> str:
         own = ours.to_dict()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sigmabranch import files
 from sigmabranch.archive import read_manifest
-from sigmabranch.conversion import class_targets, convert
+from sigmabranch.conversion import convert
 from sigmabranch.data import Dataset, EpochBatches, Split, derive_seed, open_data
 from sigmabranch.errors import CheckpointError, ConfigError, DataError, MissingDependency
 from sigmabranch.measure import evaluate, evaluate_dense
@@ -34,15 +34,15 @@ from sigmabranch.net import SigmaBranchNet
 from sigmabranch.saving import load_dense, load_net, save_dense
 from sigmabranch.tasks.counting import count_net, sketch
 from sigmabranch.tasks.provenance import provenance
-from sigmabranch.tasks.task import Task, first_difference
+from sigmabranch.tasks.task import Task, completed, first_difference
 from sigmabranch.training import (
-    BranchedObjective,
     DenseObjective,
     Event,
     FabricEngine,
     Objective,
     Recipe,
     TensorBoardLog,
+    finetuning,
     fit,
 )
 
@@ -157,7 +157,9 @@ class Chain:
             return
         if not self.resume:
             raise CheckpointError(f"{self.folder} is in use: choose another --out or use --resume")
-        difference = first_difference(files.read_json(path), self._notes())
+        theirs = files.read_json(path)
+        theirs["task"] = completed(theirs.get("task"))
+        difference = first_difference(theirs, self._notes())
         if difference:
             raise CheckpointError(
                 f"{self.folder} was made with other settings ({difference}): "
@@ -168,7 +170,7 @@ class Chain:
         """Refuse a network of another kind or task, or beside one that is already there."""
         manifest = read_manifest(source, "dense" if step == "dense" else "branched")
         sections = ("data", "model", *_DECIDED_BY[step])
-        theirs, ours = manifest["notes"].get("task", {}), self.task.to_dict()
+        theirs, ours = completed(manifest["notes"].get("task")), self.task.to_dict()
         difference = first_difference(
             {name: theirs.get(name) for name in sections}, {name: ours[name] for name in sections}
         )
@@ -225,9 +227,8 @@ class Chain:
         folder = self.folder / "branched"
         if not _complete(folder):
             net, recipe = self.converted(), self.task.finetune
-            teacher = self.dense() if recipe.distill_weight else None
-            objective = BranchedObjective(recipe, teacher, class_targets(net.record))
-            self._fit(net, objective, recipe, folder, evaluate)
+            teacher = self.dense() if recipe.distills else None
+            self._fit(net, finetuning(net, recipe, teacher), recipe, folder, evaluate)
             self.once(lambda: net.save(folder, self._origin()))
         return load_net(folder).to(self.engine.device)
 
@@ -244,7 +245,7 @@ class Chain:
                 imitation of the chain's dense network.
         """
         if objective is None:
-            teacher = self.dense() if recipe.distill_weight else None
+            teacher = self.dense() if recipe.distills else None
             objective = DenseObjective(recipe, teacher)
         self._fit(model, objective, recipe, folder, evaluate_dense)
 
@@ -438,7 +439,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 def _check_recipes(task: Task) -> None:
     """Raise :class:`ConfigError` at recipes that could only fail after hours of work."""
-    if task.dense.distill_weight:
+    if task.dense.distills:
         raise ConfigError(
             "dense.distill_weight needs a teacher, and the dense network is the first to be "
             "trained: set finetune.distill_weight instead"

@@ -53,6 +53,8 @@ _IDLE: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "step_epochs": ("schedule", ("cosine", "constant")),
     "step_factor": ("schedule", ("cosine", "constant")),
     "distill_temperature": ("distill_weight", (0.0,)),
+    "mix_alpha": ("mix", ("none",)),
+    "groups": ("upcycle", (0.0,)),
 }
 
 

@@ -96,6 +96,8 @@ _STATED: Mapping[str, Any] = {
     "finetune.share_first": 0.0,
     "finetune.node_grad_scale": False,
     "finetune.distill_weight": 0.0,
+    "finetune.distill_weight_end": None,
+    "finetune.upcycle": 0.0,
 }
 
 _OPEN = frozenset(
@@ -106,11 +108,12 @@ _OPEN = frozenset(
         *(f"{part}.{name}" for part in ("dense", "finetune") for name in (
             "lr", "momentum", "betas", "weight_decay", "decay_norm_and_bias", "step_factor",
             "label_smoothing", "clip_norm", "distill_temperature", "precision", "compile",
-            "ema_decay", "eval_every",
+            "ema_decay", "eval_every", "mix", "mix_alpha",
         )),
         "dense.distill_weight",
+        "dense.distill_weight_end",
         *(f"finetune.{name}" for name in
-          ("resp_weight_end", "resp_temperature", "resp_temperature_end")),
+          ("resp_weight_end", "resp_temperature", "resp_temperature_end", "groups")),
     }
 )  # fmt: skip
 

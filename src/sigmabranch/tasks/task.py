@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -144,6 +145,16 @@ def _model_from_dict(value: Mapping[str, Any]) -> ModelSpec:
     if family not in FAMILIES:
         raise ConfigError(f"unknown network family {family!r}: known are {', '.join(FAMILIES)}")
     return FAMILIES[family].from_dict({k: v for k, v in value.items() if k != "family"})
+
+
+def completed(task: Any) -> dict[str, Any]:
+    """A saved task's JSON form; settings that are younger than it have their defaults.
+
+    What is no task stays as it is, or is empty.
+    """
+    with suppress(ConfigError):
+        return Task.from_dict(task).to_dict()
+    return dict(task) if isinstance(task, Mapping) else {}
 
 
 def first_difference(old: Any, new: Any, where: str = "") -> str:

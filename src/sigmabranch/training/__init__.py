@@ -16,7 +16,14 @@ from sigmabranch.training.events import Event, Progress
 from sigmabranch.training.logs import TensorBoardLog
 from sigmabranch.training.loop import FitResult, fit
 from sigmabranch.training.losses import LossTerms, branched_loss
-from sigmabranch.training.objectives import BranchedObjective, DenseObjective, Objective, StepOutput
+from sigmabranch.training.objectives import (
+    BranchedObjective,
+    DenseObjective,
+    Objective,
+    RoutedObjective,
+    StepOutput,
+    finetuning,
+)
 from sigmabranch.training.recipe import FinetuneRecipe, Recipe
 
 __all__ = [
@@ -33,10 +40,12 @@ __all__ = [
     "Objective",
     "Progress",
     "Recipe",
+    "RoutedObjective",
     "StepOutput",
     "TensorBoardLog",
     "branched_loss",
     "finetune",
+    "finetuning",
     "fit",
     "launched",
     "launched_rank",

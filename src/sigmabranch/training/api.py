@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from sigmabranch.conversion import class_targets
 from sigmabranch.conversion.shards import Loader
 from sigmabranch.coupling import fingerprint
 from sigmabranch.errors import ConfigError
@@ -20,7 +19,7 @@ from sigmabranch.net import SigmaBranchNet
 from sigmabranch.training.batches import LoaderBatches
 from sigmabranch.training.engine import FabricEngine
 from sigmabranch.training.loop import FitResult, fit
-from sigmabranch.training.objectives import BranchedObjective, DenseObjective, Objective
+from sigmabranch.training.objectives import DenseObjective, Objective, finetuning
 from sigmabranch.training.recipe import FinetuneRecipe, Recipe
 
 
@@ -49,7 +48,10 @@ def train(
 def finetune(
     net: SigmaBranchNet, loader: Loader, recipe: FinetuneRecipe | None = None, **options: Any
 ) -> FitResult:
-    """Train all paths of a branched network together, in place (paper, equations 5 to 8).
+    """Train all paths of a branched network, in place.
+
+    Together, by equations 5 to 8 of the paper, or with ``recipe.upcycle`` first as one path and
+    then each on its own samples (:mod:`~sigmabranch.training.upcycling`).
 
     Args:
         net: from :func:`~sigmabranch.conversion.convert`.
@@ -62,7 +64,7 @@ def finetune(
     recipe = recipe or FinetuneRecipe()
     if not isinstance(recipe, FinetuneRecipe):
         raise ConfigError(f"fine-tuning takes a FinetuneRecipe, not a {type(recipe).__name__}")
-    objective = BranchedObjective(recipe, options.pop("teacher", None), class_targets(net.record))
+    objective = finetuning(net, recipe, options.pop("teacher", None))
     return _fit(net, objective, loader, recipe, **options)
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
+from sigmabranch.conversion.calibrate import without_labels
 from sigmabranch.data import Share, derive_seed
 from sigmabranch.errors import CheckpointError, MemoryExhausted, NumericError
 from sigmabranch.training.engine import Engine
 from sigmabranch.training.memory import largest_fitting, out_of_memory
+from sigmabranch.training.mixing import MIXES
 from sigmabranch.training.objectives import Objective, StepOutput
 from sigmabranch.training.optim import (
     NodeScale,
@@ -68,21 +72,83 @@ class Learner:
 
         objective.setup(engine)
         model.to(engine.device)
+        turn = objective.turn
+        self._turn_step = 0 if turn is None else max(1, round(turn.share * self._total_steps))
+        if turn is not None:
+            turn.prepare(model, done=False)
         self._format = _memory_format(model, engine.device)
         model.to(memory_format=self._format)  # type: ignore[call-overload]
-        self._optimizer = build_optimizer(model, recipe)
-        self._schedule = build_schedule(self._optimizer, recipe, steps_per_epoch)
         self._average = build_average(model, recipe)
+        self._assemble()
+
+    def _assemble(self) -> None:
+        """Optimizer, schedule and wrapper for the parameters that the network has now."""
+        self._optimizer = build_optimizer(self._model, self._recipe)
+        self._schedule = build_schedule(self._optimizer, self._recipe, self._steps_per_epoch)
         self._node_scale: NodeScale | None = None
-        entry: nn.Module = _Entry(model, objective.entry)
-        if recipe.compile:
+        entry: nn.Module = _Entry(self._model, self._objective.entry)
+        if self._recipe.compile:
             entry.compile()
-        self._entry, self._stepper = engine.setup(entry, self._optimizer)
+        self._entry, self._stepper = self._engine.setup(entry, self._optimizer)
 
     @property
     def network(self) -> nn.Module:
         """What to evaluate: the moving average if there is one, else the network itself."""
         return self._model if self._average is None else self._average.module
+
+    @property
+    def turns(self) -> bool:
+        """Whether the network turns now, between the step that is done and the next one."""
+        return self.step == self._turn_step > 0
+
+    @property
+    def has_turned(self) -> bool:
+        """Whether the network has the form in which it will be used."""
+        return self.step >= self._turn_step
+
+    def turn(self, batches: Iterable[Share]) -> None:
+        """Change the network as the objective asks; moments and schedule go on.
+
+        Args:
+            batches: samples that the change may learn from.
+        """
+        turn, old = self._objective.turn, self._optimizer
+        assert turn is not None
+        schedule, rates = self._schedule.state_dict(), [g["lr"] for g in old.param_groups]
+        before = copy.deepcopy(self._model.state_dict()) if self._average else {}
+        self._model.eval()
+        with self._engine.autocast(self._recipe.precision):
+            origin = turn.make(
+                self._model, self._formatted(batches), self._engine.shards, self._seed
+            )
+        if self._average is not None:
+            self._average = self._turned(self._average, before)
+        self._assemble()
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+            for parameter in group["params"]:
+                moments = old.state.get(origin.get(parameter, parameter))
+                if moments:
+                    self._optimizer.state[parameter] = copy.deepcopy(moments)
+        self._schedule.load_state_dict(schedule)
+        self._model.train()
+
+    def _turned(self, average: AveragedModel, before: Mapping[str, Tensor]) -> AveragedModel:
+        """The moving average in the network's new form; what the turn has changed starts anew."""
+        turned = build_average(self._model, self._recipe)
+        assert turned is not None
+        means, now = average.module.state_dict(), self._model.state_dict()
+        kept = {name: means[name] for name in now if torch.equal(before[name], now[name])}
+        turned.module.load_state_dict({**now, **kept})
+        turned.n_averaged.copy_(average.n_averaged)
+        return turned
+
+    def _formatted(self, batches: Iterable[Share]) -> Iterator[Share]:
+        for share in batches:
+            yield share._replace(x=self._in_format(share.x))
+
+    def _in_format(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=self._format) if x.ndim == 4 else x
 
     def train(self) -> None:
         """Put the network into training mode."""
@@ -129,6 +195,8 @@ class Learner:
 
     def rest(self) -> None:
         """Put the network into evaluation mode."""
+        if self._objective.turn is not None:
+            self._objective.turn.release(self._model)
         self._model.eval()
 
     def check_finite(self) -> None:
@@ -159,6 +227,10 @@ class Learner:
         Raises:
             CheckpointError: the state is that of another network.
         """
+        if self._objective.turn is not None and step >= self._turn_step:
+            self._objective.turn.prepare(self._model, done=True)
+            self._average = build_average(self._model, self._recipe)
+            self._assemble()
         try:
             self._model.load_state_dict(state["model"])
             self._optimizer.load_state_dict(state["optimizer"])
@@ -186,14 +258,14 @@ class Learner:
             return None
 
     def _backward(self, part: Pass, number: int, *, last: bool) -> StepOutput:
-        x = part.x
-        if x.ndim == 4:
-            x = x.contiguous(memory_format=self._format)
+        x, y = self._in_format(part.x), part.y
         torch.manual_seed(derive_seed(self._seed, self.step, number, self._engine.rank))
+        if self._recipe.mix != "none":
+            x, y = MIXES[self._recipe.mix](x, self._recipe.mix_alpha), without_labels(y)
         progress = self.step / self._total_steps
         with self._engine.accumulating(self._entry, not last):
             with self._engine.autocast(self._recipe.precision):
-                output = self._objective(self._entry, x, part.y, progress)
+                output = self._objective(self._entry, x, y, progress)
             self._engine.backward(output.loss * part.weight)
         return output
 

@@ -219,6 +219,9 @@ class _Run:
                     "the set changed, or its length is wrong"
                 )
             self.meter.record(self.learner.learn(share))
+            if self.learner.turns:
+                self.turn()
+                shares = self.batches.epoch(len(self.history), step + 1)
             now = time.monotonic()
             self.seconds = seconds_before + now - began
             if now - pulsed >= PULSE_SECONDS:
@@ -230,6 +233,11 @@ class _Run:
             if save:
                 self.save()
         return ""
+
+    def turn(self) -> None:
+        """Change the network's form, shown views that no epoch trains on; keep the outcome."""
+        self.learner.turn(self.batches.epoch(self.recipe.epochs))
+        self.save()
 
     def pulse(self) -> None:
         """Look at the latest metrics and tell the watcher."""
@@ -254,8 +262,9 @@ class _Run:
         if self.engine.is_main:
             write_csv(self.folder / "metrics.csv", self.history)
         self.emit("epoch", self.history[-1])
-        for alarm in routing_alarms(self.history[-1]):
-            self.warn(alarm)
+        if self.learner.has_turned:
+            for alarm in routing_alarms(self.history[-1]):
+                self.warn(alarm)
         if last or time.monotonic() - self.saved_at >= CHECKPOINT_SHARE * self.save_cost:
             self.save()
 

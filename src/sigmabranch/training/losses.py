@@ -77,7 +77,7 @@ def branched_loss(
         progress: share of the training done, in [0, 1], for the schedules of λ and τ.
         class_leaf: (V, L) rows that sum to one: the responsibility of each class when
             ``recipe.class_target`` is on.
-        teacher_logits: (B, V) of the dense network, used when ``recipe.distill_weight`` > 0, and
+        teacher_logits: (B, V) of the dense network, used when the recipe distills, and
             without labels.
         global_mean: turns a mean over this process's samples into that over all processes'; None
             with a single process.
@@ -107,10 +107,12 @@ def branched_loss(
         )
     resp = -expectation(target_BL, log_prob_BL)
 
-    if cls is None or (recipe.distill_weight and teacher_logits is not None):
+    if cls is None or (recipe.distills and teacher_logits is not None):
         kl_BL = _imitated(logits_BLV, teacher_logits, recipe.distill_temperature)
         distill = expectation(weight_BL, kl_BL)
-        total = distill if cls is None else torch.lerp(cls, distill, recipe.distill_weight)
+        total = (
+            distill if cls is None else torch.lerp(cls, distill, recipe.distill_weight_at(progress))
+        )
     total = total + recipe.resp_weight_at(progress) * resp
     even = None
     if recipe.balance_weight:

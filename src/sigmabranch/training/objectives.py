@@ -12,11 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sigmabranch.conversion import class_targets
 from sigmabranch.conversion.calibrate import has_labels
 from sigmabranch.errors import ConfigError, DataError
+from sigmabranch.net import SigmaBranchNet
 from sigmabranch.training.engine import Engine
 from sigmabranch.training.losses import branched_loss, distillation
 from sigmabranch.training.recipe import FinetuneRecipe, Recipe
+from sigmabranch.training.turn import Turn
+from sigmabranch.training.upcycling import Upcycling
 
 
 class StepOutput(NamedTuple):
@@ -37,9 +41,13 @@ class Objective(Protocol):
     """Turns a batch into a loss; ``entry`` names the method of the model that it calls.
 
     Labels of a batch that has none are as :func:`~sigmabranch.conversion.calibrate.as_pair` says.
+
+    Attributes:
+        turn: what happens to the model in the middle of its training, or None.
     """
 
     entry: str
+    turn: Turn | None
 
     def setup(self, engine: Engine) -> None:
         """Move what the objective owns to the engine's device; called once before training."""
@@ -53,15 +61,16 @@ class DenseObjective:
 
     Args:
         recipe: label smoothing and distillation.
-        teacher: network whose logits (B, V) are imitated when ``recipe.distill_weight`` > 0.
+        teacher: network whose logits (B, V) are imitated when the recipe distills.
     """
 
     entry = "forward"
+    turn: Turn | None = None
 
     def __init__(self, recipe: Recipe, teacher: nn.Module | None = None) -> None:
         _check_teacher(recipe, teacher)
         self.recipe = recipe
-        self.teacher = teacher if recipe.distill_weight else None
+        self.teacher = teacher if recipe.distills else None
 
     def setup(self, engine: Engine) -> None:
         """Move the teacher to the engine's device, in evaluation mode."""
@@ -70,9 +79,9 @@ class DenseObjective:
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> StepOutput:
         """Loss and training accuracy of one batch."""
-        return self.classified(model(x), x, y)
+        return self.classified(model(x), x, y, progress)
 
-    def classified(self, logits: Tensor, x: Tensor, y: Tensor) -> StepOutput:
+    def classified(self, logits: Tensor, x: Tensor, y: Tensor, progress: float) -> StepOutput:
         """The same for logits (B, V) that are there, of a network that gives more than these."""
         logits_BV = logits.float()
         if not has_labels(y):
@@ -81,13 +90,13 @@ class DenseObjective:
         check_labels(y, logits_BV.shape[-1])
         loss = F.cross_entropy(logits_BV, y, label_smoothing=self.recipe.label_smoothing)
         if self.teacher is not None:
-            loss = torch.lerp(loss, self._imitation(logits_BV, x), self.recipe.distill_weight)
+            weight = self.recipe.distill_weight_at(progress)
+            loss = torch.lerp(loss, self._imitation(logits_BV, x), weight)
         return StepOutput(loss, {"train_top1": percent(logits_BV.argmax(1) == y)})
 
     def _imitation(self, logits_BV: Tensor, x: Tensor) -> Tensor:
         assert self.teacher is not None
-        with torch.no_grad():
-            teacher_BV = self.teacher(x)
+        teacher_BV = taught(self.teacher, x, logits_BV.shape[-1])
         return distillation(logits_BV, teacher_BV, self.recipe.distill_temperature).mean()
 
 
@@ -96,12 +105,13 @@ class BranchedObjective:
 
     Args:
         recipe: weights, temperatures and switches.
-        teacher: dense network to imitate when ``recipe.distill_weight`` > 0.
+        teacher: dense network to imitate when the recipe distills.
         class_leaf: (V, L) leaf shares of each class, rows summing to one, needed with
             ``recipe.class_target``.
     """
 
     entry = "soft"
+    turn: Turn | None = None
 
     def __init__(
         self,
@@ -116,7 +126,7 @@ class BranchedObjective:
                 "convert with them, or set class_target=false"
             )
         self.recipe = recipe
-        self.teacher = teacher if recipe.distill_weight else None
+        self.teacher = teacher if recipe.distills else None
         self.class_leaf = class_leaf
         self.engine: Engine | None = None
 
@@ -142,8 +152,7 @@ class BranchedObjective:
             check_labels(y, soft[0].shape[-1])
         teacher_BV = None
         if self.teacher is not None:
-            with torch.no_grad():
-                teacher_BV = self.teacher(x)
+            teacher_BV = taught(self.teacher, x, soft[0].shape[-1])
         terms = branched_loss(
             soft,
             y if labelled else None,
@@ -183,6 +192,69 @@ class BranchedObjective:
         return joint
 
 
+class RoutedObjective(DenseObjective):
+    """A dense network's loss on the path of each sample: a step costs what one path costs.
+
+    The network's own top-1 decisions choose the path, so the routers learn nothing. Every node's
+    gradient becomes the mean over the samples that passed it.
+
+    Args:
+        recipe: late upcycling, label smoothing and distillation.
+        teacher: as for :class:`DenseObjective`.
+        leaves: L.
+    """
+
+    entry = "hard"
+    recipe: FinetuneRecipe
+
+    def __init__(self, recipe: FinetuneRecipe, teacher: nn.Module | None, leaves: int) -> None:
+        super().__init__(recipe, teacher)
+        self.leaves = leaves
+        self._upcycling = Upcycling(recipe, self.teacher)
+        self.turn = self._upcycling
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> StepOutput:
+        """Loss and training accuracy of one batch, and how many samples each leaf had."""
+        hard = model(x)
+        if self.recipe.groups == "confusions" and hard[0].shape[-1] < self.leaves:
+            raise ConfigError(
+                f"{hard[0].shape[-1]} classes cannot be dealt out to {self.leaves} leaves: "
+                "choose a tree of fewer leaves, or finetune.groups=clusters"
+            )
+        output = self.classified(hard[0], x, y, progress)
+        used_L = hard[1].bincount(minlength=self.leaves) / len(x)
+        return output._replace(leaf_prob=used_L if self._upcycling.done else None)
+
+
+def finetuning(
+    net: SigmaBranchNet, recipe: FinetuneRecipe, teacher: nn.Module | None = None
+) -> Objective:
+    """What fine-tuning minimises: the paper's loss, or with ``recipe.upcycle`` that of each path.
+
+    Raises:
+        ConfigError: the recipe needs a teacher, class clusters, or branches that are alike.
+    """
+    if recipe.upcycle:
+        return RoutedObjective(recipe, teacher, len(net.tree.leaves))
+    return BranchedObjective(recipe, teacher, class_targets(net.record))
+
+
+def taught(teacher: nn.Module, x: Tensor, classes: int) -> Tensor:
+    """The teacher's logits, (B, V), without gradient.
+
+    Raises:
+        DataError: it has other classes than the network.
+    """
+    with torch.no_grad():
+        teacher_BV = teacher(x)
+    if teacher_BV.shape != (len(x), classes):
+        raise DataError(
+            f"the teacher gives outputs of shape {tuple(teacher_BV.shape)} where the network gives "
+            f"{(len(x), classes)}: use a teacher of the same {classes} classes"
+        )
+    return teacher_BV
+
+
 def check_labels(y: Tensor, classes: int) -> None:
     """Raise :class:`DataError` at a label that the network has no output for.
 
@@ -197,7 +269,7 @@ def check_labels(y: Tensor, classes: int) -> None:
 
 def _check_imitation_alone(recipe: Recipe) -> None:
     """Raise :class:`DataError` unless the recipe leaves nothing to learn from labels."""
-    if recipe.distill_weight < 1:
+    if recipe.distill_weight < 1 or recipe.distill_weight_at(1.0) < 1:
         raise DataError(
             f"the loader gives no labels, and recipe distill_weight is {recipe.distill_weight:g}: "
             "set it to 1 and give a teacher, or yield (inputs, labels)"
@@ -221,5 +293,5 @@ def percent(hit: Tensor) -> Tensor:
 
 
 def _check_teacher(recipe: Recipe, teacher: nn.Module | None) -> None:
-    if recipe.distill_weight and teacher is None:
+    if recipe.distills and teacher is None:
         raise ConfigError("recipe distill_weight needs a teacher: give one, or set it to 0")

@@ -31,7 +31,13 @@ class Recipe:
         label_smoothing: of the classification loss.
         clip_norm: largest gradient norm; 0 does not clip.
         distill_weight: share of the classification loss that imitates the teacher instead.
+        distill_weight_end: the same share at the end, reached linearly; None keeps it constant.
         distill_temperature: softening of teacher and student in that imitation.
+        mix: views of two samples that teacher and student both see, ``"mixup"`` (their weighted
+            mean) or ``"cutmix"`` (a rectangle of one in the other). Only the teacher knows what is
+            right for them, so ``distill_weight`` must be 1. With long schedules this is function
+            matching (Beyer et al., 2022).
+        mix_alpha: the weights of the two are drawn from Beta(α, α).
         precision: ``"bf16"`` runs the network under autocast, on CPUs only where they have the
             instructions; losses stay in fp32.
         compile: run the training step through ``torch.compile``.
@@ -55,7 +61,10 @@ class Recipe:
     label_smoothing: float = 0.1
     clip_norm: float = 0.0
     distill_weight: float = 0.0
+    distill_weight_end: float | None = None
     distill_temperature: float = 4.0
+    mix: Literal["none", "mixup", "cutmix"] = "none"
+    mix_alpha: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     ema_decay: float = 0.0
@@ -66,8 +75,8 @@ class Recipe:
         self._require("at least 1", 1, math.inf, "step_epochs", "eval_every")
         self._require("at least 0", 0, math.inf, "lr", "weight_decay", "warmup_epochs", "clip_norm")
         self._require("in [0, 1]", 0, 1, "momentum", "label_smoothing", "distill_weight")
-        self._require("in [0, 1]", 0, 1, "step_factor", "ema_decay")
-        self._require("positive", math.ulp(0.0), math.inf, "distill_temperature")
+        self._require("in [0, 1]", 0, 1, "step_factor", "ema_decay", "distill_weight_end")
+        self._require("positive", math.ulp(0.0), math.inf, "distill_temperature", "mix_alpha")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"recipe betas must be two numbers in [0, 1), got {self.betas}")
         for name, hint in get_type_hints(type(self)).items():
@@ -76,6 +85,21 @@ class Recipe:
                     f"recipe {name} is {getattr(self, name)!r}, "
                     f"choose one of {', '.join(get_args(hint))}"
                 )
+
+        if self.mix != "none" and {self.distill_weight, self.distill_weight_at(1.0)} != {1.0}:
+            raise ConfigError(
+                f"recipe mix={self.mix} makes views that have no label: "
+                "set distill_weight=1, so that all is learnt from the teacher"
+            )
+
+    @property
+    def distills(self) -> bool:
+        """Whether a teacher is needed."""
+        return self.distill_weight > 0 or bool(self.distill_weight_end)
+
+    def distill_weight_at(self, progress: float) -> float:
+        """Share of the teacher at ``progress`` in [0, 1]."""
+        return _between(self.distill_weight, self.distill_weight_end, progress)
 
     def lasting(self, epochs: int) -> Self:
         """The same recipe over other ``epochs``, its schedule as much longer or shorter.
@@ -125,6 +149,12 @@ class FinetuneRecipe(Recipe):
         node_grad_scale: divide each node's gradient by its expected path probability. Eq. 5
             weights a leaf's loss by about 1/L, so without this a leaf takes steps L times smaller
             than the same network would alone. Adam, which ignores scale, is hardly affected.
+        upcycle: late upcycling (:mod:`sigmabranch.training.upcycling`): share of the training in
+            which all leaves are one path, before it is copied into them and each sample trains its
+            own leaf alone; 0 trains all leaves on all samples throughout (the paper). The settings
+            of equations 5 to 8 above are then unused.
+        groups: what the routers of late upcycling learn: ``"confusions"``, classes that are often
+            taken for each other share a leaf, or ``"clusters"``, spherical k-means of the features.
     """
 
     epochs: int = 60
@@ -137,6 +167,8 @@ class FinetuneRecipe(Recipe):
     balance_weight: float = 0.0
     share_first: float = 0.0
     node_grad_scale: bool = False
+    upcycle: float = 0.0
+    groups: Literal["confusions", "clusters"] = "confusions"
 
     def __post_init__(self) -> None:
         # The zero-argument super() does not survive slots=True, which rebuilds the class.
@@ -146,6 +178,11 @@ class FinetuneRecipe(Recipe):
             "positive", math.ulp(0.0), math.inf, "resp_temperature", "resp_temperature_end"
         )
         self._require("in [0, 1]", 0, 1, "share_first")
+        if not 0 <= self.upcycle < 1:
+            raise ConfigError(
+                f"recipe upcycle is the share of the training before the leaves part, in [0, 1), "
+                f"got {self.upcycle}"
+            )
         if self.resp_prior and self.class_target:
             raise ConfigError(
                 "recipe resp_prior and class_target both define the responsibility: choose one"
@@ -153,8 +190,7 @@ class FinetuneRecipe(Recipe):
 
     def resp_weight_at(self, progress: float) -> float:
         """λ at ``progress`` in [0, 1]."""
-        end = self.resp_weight if self.resp_weight_end is None else self.resp_weight_end
-        return self.resp_weight + (end - self.resp_weight) * progress
+        return _between(self.resp_weight, self.resp_weight_end, progress)
 
     def resp_temperature_at(self, progress: float) -> float:
         """τ at ``progress`` in [0, 1]."""
@@ -163,3 +199,8 @@ class FinetuneRecipe(Recipe):
         return (
             self.resp_temperature * (self.resp_temperature_end / self.resp_temperature) ** progress
         )
+
+
+def _between(start: float, end: float | None, progress: float) -> float:
+    """On the straight line from ``start`` to ``end``; None stays at the start."""
+    return start if end is None else start + (end - start) * progress
