@@ -163,7 +163,10 @@ def test_the_steps_in_folders_of_their_own_equal_the_run(whole, shell, tmp_path)
     tuned = shell.run("finetune", b / "converted", "--out", c, "--json")
     measured = shell.run("evaluate", c / "branched", "--json")
     dense = shell.run("evaluate", a / "dense", "--json")
+    held = "evaluate", c / "branched", "--set", "data.held_out=70", "--split", "held-out", "--json"
+    kept = shell.run(*held)
     counted = shell.run("count", c / "branched", "--json")
+    assert json.loads(kept.out)["samples"] == 70
     for done in (trained, converted, tuned, measured, dense, counted):
         assert done.code == 0, done.err
         assert done.out.count("\n") == 1
@@ -241,6 +244,9 @@ def bad(whole, shell, tmp_path_factory):
     case("another task", "run", *digits, *tiny(model__stem_width=5), "--dense", good / "dense")
     case("another tree", "finetune", good / "converted", "--set", "tree.depth=1")
     case("settings of what is made", "evaluate", good / "branched", "--set", "tree.depth=3")
+    case("nothing held out", "evaluate", good / "dense", "--split", "held-out")
+    case("held out too late", "evaluate", good / "dense", "--split", "held-out",
+         "--set", "data.held_out=1200")  # fmt: skip
     case("routes of a dense network", "evaluate", good / "dense", "--seed", "1")
     case("bits without a budget", "convert", good / "dense", "--bits", "8")
     case("input of a folder", "convert", good / "dense", "--input", "1x8x8")
@@ -276,6 +282,8 @@ BAD = {
     "another task": "belongs to another task.*stem_width",
     "another tree": "belongs to another task.*tree",
     "settings of what is made": "tree.depth=3 changes nothing.*only settings of data",
+    "nothing held out": "no samples are held out: set data.held_out",
+    "held out too late": "has learnt from 103 of the samples that data.held_out=1200",
     "routes of a dense network": "no routes to shuffle: leave out --seed",
     "bits without a budget": "--bits need a --budget",
     "input of a folder": "--input is the task's",

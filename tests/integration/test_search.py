@@ -353,6 +353,18 @@ def test_held_out_samples_are_the_rest_of_what_the_limit_leaves():
     assert judged.labels.bincount(minlength=10).min() >= 1
 
 
+def test_what_a_task_holds_out_is_neither_learnt_nor_judged_by():
+    task = find_task(TASK).with_settings(["data.held_out=297"])
+    held = hold_out(task, None, torch.device("cpu"), 0.2)
+    own = open_task_data(task, None, torch.device("cpu"))
+    assert (len(held.dataset.train), len(held.dataset.test)) == (800, 200)
+    both = torch.cat([held.dataset.train.inputs, held.dataset.test.inputs])
+    assert sorted(both.flatten(1).tolist()) == sorted(own.train.inputs.flatten(1).tolist())
+    limited = open_task_data(held.task, None, torch.device("cpu"))
+    assert limited.train.inputs.equal(held.dataset.train.inputs)
+    assert limited.held_out.inputs.equal(own.held_out.inputs)
+
+
 def test_a_space_is_read_from_settings_and_keeps_every_knob():
     space = Space.with_settings(
         ["depth=3", "active=0.3,0.5", "stages=c,a,b", "early=true", "entry=inner"]

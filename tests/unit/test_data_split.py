@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from sigmabranch.data import Dataset, EpochBatches, ResidentSplit, derive_seed, own_samples
+from sigmabranch.data import (
+    Dataset,
+    EpochBatches,
+    ResidentSplit,
+    Split,
+    derive_seed,
+    own_samples,
+)
 from sigmabranch.data.augment import CropFlip
 from sigmabranch.data.seeds import below, sample_bits
 from sigmabranch.data.split import Normalise, stratified
@@ -179,6 +188,66 @@ def test_stratified_keeps_the_proportions_of_the_classes() -> None:
     assert torch.equal(index, index.unique())
     assert torch.equal(index, stratified(labels, 100, seed=0))
     assert not torch.equal(index, stratified(labels, 100, seed=1))
+
+
+def labelled_split(samples: int = 60, classes: int = 6) -> ResidentSplit:
+    """As :func:`numbered_split`, with as many samples of every class."""
+    return replace(numbered_split(samples), labels=torch.arange(samples) % classes)
+
+
+def data_of(train: ResidentSplit, test: ResidentSplit) -> Dataset:
+    names = tuple(map(str, range(6)))
+    return Dataset(name="numbers", train=train, test=test, class_names=names, shape=(3, 8, 8))
+
+
+def inputs_of(split: Split | None) -> torch.Tensor:
+    assert split is not None
+    return next(split.batches(torch.arange(len(split)), len(split)))[0]
+
+
+def test_training_keeps_what_a_limit_of_the_rest_would_take_and_its_complement_is_held_out() -> (
+    None
+):
+    data = data_of(labelled_split(), labelled_split(12))
+    parted, limited = data.limit(held_out=12), data.limit(train=48)
+    assert torch.equal(inputs_of(parted.train), inputs_of(limited.train))
+    assert torch.equal(parted.train.labels, limited.train.labels)
+    whole = {tuple(x) for x in inputs_of(data.train).flatten(1).tolist()}
+    seen, kept = (
+        {tuple(x) for x in inputs_of(split).flatten(1).tolist()}
+        for split in (parted.train, parted.held_out)
+    )
+    assert (len(seen), len(kept)) == (48, 12)
+    assert seen | kept == whole
+    assert parted.held_out is not None
+    assert parted.held_out.labels.bincount().tolist() == [2] * 6
+    assert parted.test is data.test
+
+
+def test_a_lower_limit_leaves_the_held_out_samples_as_they_are() -> None:
+    data = data_of(labelled_split(), labelled_split(12))
+    parted, few = data.limit(held_out=12), data.limit(train=10, held_out=12)
+    assert torch.equal(inputs_of(few.held_out), inputs_of(parted.held_out))
+    assert torch.equal(inputs_of(few.train), inputs_of(data.limit(train=10).train))
+    assert len(data.limit(train=55, held_out=12).train) == 48
+
+
+def test_a_split_is_measured_by_its_name() -> None:
+    data = data_of(labelled_split(), labelled_split(12))
+    parted = data.limit(held_out=12)
+    assert data.measured("test") is data.validation is data.test
+    assert parted.measured("test") is parted.test
+    assert parted.measured("held-out") is parted.validation is parted.held_out
+    with pytest.raises(ConfigError, match=r"set data\.held_out"):
+        data.measured("held-out")
+    with pytest.raises(ConfigError, match=r"no split 'train'.*test or held-out"):
+        parted.measured("train")
+
+
+@pytest.mark.parametrize("held_out", [0, 60, 70])
+def test_as_many_held_out_as_there_are_is_refused(held_out: int) -> None:
+    with pytest.raises(ConfigError, match=f"{held_out} of 60 .* give 1 to 59"):
+        data_of(labelled_split(), labelled_split(12)).limit(held_out=held_out)
 
 
 def test_limit_takes_fewer_samples_and_never_more_than_there_are() -> None:

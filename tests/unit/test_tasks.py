@@ -80,6 +80,7 @@ def test_a_setting_reaches_its_field_and_no_other(setting, found):
         ("data.name=mnist", "unknown data set 'mnist'"),
         ("data.image_size=64", "8 x 8 pixels, not 64"),
         ("data.train_limit=0", "at least 1"),
+        ("data.held_out=0", "held_out must be at least 1"),
         ("conversion.samples=1.5", "samples must be int"),
         ("shared_fraction=2", r"in \[0, 1\]"),
     ],
@@ -185,6 +186,36 @@ def test_a_chain_without_time_stops_with_a_checkpoint_and_goes_on(task, tmp_path
     assert "manifest.json" not in written(tmp_path / "dense")
     Chain(task, tmp_path).dense()
     assert "manifest.json" in written(tmp_path / "dense")
+
+
+# -- held-out samples ----------------------------------------------------------------------------
+
+
+def test_a_training_is_watched_on_the_held_out_samples_and_ends_as_without_them(task, tmp_path):
+    """Measured by their number: 30 are held out, and the test split has others."""
+    held = Chain(task.with_settings(["data.held_out=30"]), tmp_path / "held", device="cpu")
+    trained = held.dense()
+    assert [epoch["samples"] for epoch in held.history("dense")] == [30]
+    assert held.dense_accuracy()["samples"] == len(held.dataset.test) != 30
+    assert held.dense_accuracy("held-out")["samples"] == 30
+    net = held.converted()
+    assert held.accuracy(net)["samples"] == len(held.dataset.test)
+    assert held.accuracy(net, "held-out")["samples"] == 30
+    rest = Chain(task, tmp_path / "rest", device="cpu")
+    assert torch.equal(trained.fc.weight, rest.dense().fc.weight)
+    with pytest.raises(ConfigError, match=r"set data\.held_out"):
+        rest.dense_accuracy("held-out")
+
+
+def test_a_task_saved_before_samples_could_be_held_out_is_still_the_same(task, tmp_path):
+    Chain(task, tmp_path, device="cpu")
+    saved = json.loads((tmp_path / "task.json").read_text())
+    del saved["task"]["data"]["held_out"]
+    assert Task.from_dict(saved["task"]) == task
+    (tmp_path / "task.json").write_text(json.dumps(saved))
+    Chain(task, tmp_path, device="cpu")
+    with pytest.raises(CheckpointError, match="held_out is None there and 30 here"):
+        Chain(task.with_settings(["data.held_out=30"]), tmp_path, device="cpu")
 
 
 # -- recipes that could only fail later ----------------------------------------------------------

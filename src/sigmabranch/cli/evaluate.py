@@ -1,10 +1,12 @@
-"""``sigmabranch evaluate``: measure a saved network on its task's held-out split."""
+"""``sigmabranch evaluate``: measure a saved network on a split of its task."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from sigmabranch import files
@@ -17,26 +19,32 @@ from sigmabranch.errors import ConfigError
 from sigmabranch.measure import evaluate, evaluate_dense
 from sigmabranch.report import accuracy_table
 from sigmabranch.saving import load_dense, load_net
-from sigmabranch.tasks import open_task_data, ordered
+from sigmabranch.tasks import Task, open_task_data, ordered
 from sigmabranch.training import FabricEngine, launched, launched_rank, resolve_device
 
 
 def command(
     net: Annotated[Path, typer.Argument(help="Folder of a dense or branched network.")],
     data: options.Data = None,
+    split: Annotated[
+        str,
+        typer.Option(help="test, or held-out: what data.held_out keeps.", metavar="NAME"),
+    ] = "test",
     out: options.OutFile = None,
     seed: options.SameSeed = None,
     device: options.Device = "auto",
     settings: options.Set = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure a saved network on its held-out split."""
+    """Measure a saved network on its test split, or on the samples held out of training."""
     task, saved_seed = read_source(net, None, settings, made=True)
     where, shards = resolve_device(device), Shards()
     if launched():
         engine = FabricEngine(device)
         where, shards = engine.device, engine.shards
-    batches = ordered(open_task_data(task, data, where).test)
+    batches = ordered(open_task_data(task, data, where).measured(split))
+    if split != "test":
+        _check_unseen(net, task, data)
     if read_manifest(net)["kind"] == "dense":
         if seed is not None:
             raise ConfigError("a dense network has no routes to shuffle: leave out --seed")
@@ -49,3 +57,19 @@ def command(
     if out is not None:
         files.write_json(out, accuracy)
     print_result(accuracy, accuracy_table(accuracy).to_text(), as_json)
+
+
+def _check_unseen(net: Path, task: Task, data: Path | None) -> None:
+    """Refuse to hold out what a network was trained on."""
+    trained, _ = read_source(net, None, None)
+    if trained.data == task.data:
+        return
+    unlimited = replace(task, data=replace(task.data, train_limit=None))
+    seen, unseen = (
+        len(open_task_data(each, data, torch.device("cpu")).train) for each in (trained, unlimited)
+    )
+    if seen > unseen:
+        raise ConfigError(
+            f"{net} has learnt from {seen - unseen} of the samples that data.held_out="
+            f"{task.data.held_out} holds out: train it with that setting"
+        )

@@ -1,4 +1,4 @@
-"""A split yields normalised batches in any order asked for; a data set is a pair of splits.
+"""A split yields normalised batches in any order asked for; a data set is two or three splits.
 
 An input is an image or a point cloud.
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from sigmabranch.data.seeds import derive_seed, sample_bits
 from sigmabranch.errors import ConfigError
 
+#: Splits that a network can be measured on.
+SPLITS = ("test", "held-out")
 Augment = Callable[[Tensor, Tensor, int], Tensor]
 
 
@@ -123,7 +125,8 @@ class Dataset:
     Attributes:
         name: the registered name.
         train: training samples.
-        test: held-out samples.
+        test: what results are measured on.
+        held_out: training samples that training never sees, to choose by; None if there are none.
         class_names: of every class, in label order.
         shape: of one input: (C, H, W) of an image, (P, 3) of a cloud.
     """
@@ -133,22 +136,65 @@ class Dataset:
     test: Split
     class_names: tuple[str, ...]
     shape: tuple[int, ...]
+    held_out: Split | None = None
+
+    @property
+    def validation(self) -> Split:
+        """What a training is watched on: the held-out samples, or the test split without any."""
+        return self.test if self.held_out is None else self.held_out
+
+    def measured(self, split: str) -> Split:
+        """The split of that name.
+
+        Raises:
+            ConfigError: an unknown name, or a data set that holds nothing out.
+        """
+        if split == "test":
+            return self.test
+        if split != "held-out":
+            raise ConfigError(f"no split {split!r} to measure on: choose {' or '.join(SPLITS)}")
+        if self.held_out is None:
+            raise ConfigError("no samples are held out: set data.held_out, and train without them")
+        return self.held_out
 
     @property
     def classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
 
-    def limit(self, train: int | None = None, test: int | None = None, seed: int = 0) -> Dataset:
+    def limit(
+        self,
+        train: int | None = None,
+        test: int | None = None,
+        held_out: int | None = None,
+        seed: int = 0,
+    ) -> Dataset:
         """The same data set with at most so many samples, classes in their old proportions.
 
+        Of N training samples, those held out are the ones that ``train=N - held_out`` leaves out;
+        they are the same for any smaller ``train``.
+
         Raises:
-            ConfigError: a limit below 1.
+            ConfigError: a limit below 1, or so many held out that none is left to train on.
         """
+        samples, train_seed = len(self.train), derive_seed(seed, 0)
+        kept = None
+        if held_out is not None:
+            left = samples - held_out
+            if not 0 < left < samples:
+                raise ConfigError(
+                    f"{held_out} of {samples} training samples cannot be held out; "
+                    f"give 1 to {samples - 1}"
+                )
+            seen = stratified(self.train.labels, left, train_seed)
+            is_seen_N = torch.zeros(samples, dtype=torch.bool).index_fill(0, seen, True)
+            kept = self.train.select((~is_seen_N).nonzero()[:, 0])
+            train = left if train is None else min(train, left)
         return replace(
             self,
-            train=_limited(self.train, train, derive_seed(seed, 0)),
+            train=_limited(self.train, train, train_seed),
             test=_limited(self.test, test, derive_seed(seed, 1)),
+            held_out=kept,
         )
 
 

@@ -41,10 +41,12 @@ def hold_out(task: Task, folder: Path | str | None, device: torch.device, share:
         ConfigError: nothing would be left on one of the sides.
         DataError: see :func:`~sigmabranch.tasks.open_task_data`.
     """
-    unlimited = replace(task.data, train_limit=None, test_limit=None)
+    unlimited = replace(task.data, train_limit=None, test_limit=None, held_out=None)
     whole = open_task_data(replace(task, data=unlimited), folder, device)
     train = whole.train
-    used = min(len(train), task.data.train_limit or len(train))
+    # What the task itself holds out stays unseen, to judge the tree that was found.
+    free = len(train) - (task.data.held_out or 0)
+    used = min(free, task.data.train_limit or free)
     left = used - round(share * used)
     if not 0 < left < used:
         raise ConfigError(

@@ -249,9 +249,9 @@ class Chain:
             objective = DenseObjective(recipe, teacher)
         self._fit(model, objective, recipe, folder, evaluate_dense)
 
-    def dense_accuracy(self) -> dict[str, Any]:
-        """Accuracy of the dense network on the test split."""
-        return self._measure(evaluate_dense, self.dense())
+    def dense_accuracy(self, split: str = "test") -> dict[str, Any]:
+        """Accuracy of the dense network."""
+        return self._measure(evaluate_dense, self.dense(), self.dataset.measured(split))
 
     def measured(self) -> dict[str, Any]:
         """Cost and accuracy of all three networks, from their test split."""
@@ -288,16 +288,22 @@ class Chain:
         path = self.folder / step / "history.json"
         return files.read_json(path) if path.exists() else []
 
-    def accuracy(self, net: SigmaBranchNet) -> dict[str, Any]:
-        """All figures of one branched network; a class's best leaf is chosen on training data."""
+    def accuracy(self, net: SigmaBranchNet, split: str = "test") -> dict[str, Any]:
+        """All figures of one branched network; a class's best leaf is chosen on training data.
+
+        Raises:
+            ConfigError: the held-out split is asked for, and the data have none.
+        """
+        measured = self.dataset.measured(split)
         known = Ordered(self.dataset.train, self.calibration().order[:CEILING_SAMPLES])
         class_leaf = evaluate(net, known, shards=self.engine.shards)["best_leaf_of_class"]
-        return self._measure(evaluate, net, class_leaf=class_leaf, seed=self.seed)
+        return self._measure(evaluate, net, measured, class_leaf=class_leaf, seed=self.seed)
 
-    def _measure(self, measure: Measure, network: Any, **options: Any) -> dict[str, Any]:
-        """Figures on the test split, which the processes divide."""
-        test = ordered(self.dataset.test)
-        return measure(network, test, shards=self.engine.shards, **options)
+    def _measure(
+        self, measure: Measure, network: Any, split: Split, **options: Any
+    ) -> dict[str, Any]:
+        """Figures on a split, which the processes divide."""
+        return measure(network, ordered(split), shards=self.engine.shards, **options)
 
     def calibration(self) -> Ordered:
         """The training split without augmentation, in one random order."""
@@ -328,7 +334,9 @@ class Chain:
             accumulate=self.accumulate,
             seed=self.seed,
             identity=self._notes(),
-            evaluate=lambda trained: _curves(self._measure(measure, trained)),
+            evaluate=lambda trained: _curves(
+                self._measure(measure, trained, self.dataset.validation)
+            ),
             progress=self._watchers(folder),
             max_minutes=self._minutes_left(),
         )
@@ -386,7 +394,7 @@ def open_task_data(task: Task, folder: Path | str | None, device: torch.device) 
         device=device,
         image_size=task.data.image_size,
         channels_last=True,
-    ).limit(train=task.data.train_limit, test=task.data.test_limit)
+    ).limit(train=task.data.train_limit, test=task.data.test_limit, held_out=task.data.held_out)
     task.model.check_input(dataset.shape)
     if dataset.classes != task.model.classes:
         raise DataError(

@@ -75,6 +75,7 @@ def _both(**values: Any) -> dict[str, Any]:
 _STATED: Mapping[str, Any] = {
     "data.train_limit": None,
     "data.test_limit": None,
+    "data.held_out": None,
     "tree.leaves": [[0, 0], [0, 1], [1, 0], [1, 1]],
     "tree.cuts": None,
     "tree.decide_after": None,

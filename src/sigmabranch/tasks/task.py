@@ -26,19 +26,22 @@ class DataSpec:
         name: see :data:`sigmabranch.data.DATA_NAMES`.
         image_size: side in pixels where the data set leaves it free, else None.
         train_limit, test_limit: at most so many samples, classes in proportion; None takes all.
+        held_out: so many training samples, classes in proportion, are kept from training and form a
+            split of their own to choose by; None keeps none.
     """
 
     name: str
     image_size: int | None = None
     train_limit: int | None = None
     test_limit: int | None = None
+    held_out: int | None = None
 
     def __post_init__(self) -> None:
         check_data(self.name, self.image_size)
-        for name in ("train_limit", "test_limit"):
-            limit = getattr(self, name)
-            if limit is not None and limit < 1:
-                raise ConfigError(f"data {name} must be at least 1, got {limit}")
+        for name in ("train_limit", "test_limit", "held_out"):
+            samples = getattr(self, name)
+            if samples is not None and samples < 1:
+                raise ConfigError(f"data {name} must be at least 1, got {samples}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
