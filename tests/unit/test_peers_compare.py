@@ -56,6 +56,18 @@ def test_a_failed_row_loses_no_other_and_nothing_is_made_twice(task, tmp_path, m
     assert again["failed"] == []
 
 
+def test_held_out_samples_are_measured_beside_the_test_split(task, tmp_path):
+    held = task.with_settings(["data.held_out=30"])
+    names = ("sigma-branch", "always-leaf-0", "dense-continued", "skipnet")
+    rows = {name: find_system(name) for name in names}
+    found = comparison(held, tmp_path, rows, seeds=(0,)).run()
+    assert found["failed"] == []
+    for row in (found["source"], *(found["rows"][name]["0"] for name in names)):
+        assert (row["accuracy"]["samples"], row["held_out"]["samples"]) == (40, 30)
+    tree, leaf = (found["rows"][name]["0"]["held_out"] for name in names[:2])
+    assert leaf["top1"] == tree["always_leaf"][0]
+
+
 KNOWN = {"schema": 1, "task": {}, "source": {"sha256": ""}, "rows": {}}
 
 

@@ -170,6 +170,21 @@ def test_figures_are_means_over_the_seeds_with_their_deviation(found):
     assert rows["pruned"]["time"] == "0.50"
 
 
+def test_accuracy_on_held_out_samples_has_a_column_where_some_are_held_out(found):
+    without = comparison_table(found)
+    assert "held out %" not in without.header
+    assert not any("Held out" in note for note in without.notes)
+    found["source"]["held_out"] = {"samples": 500, "top1": 83.0}
+    for seed, made in found["rows"]["sigma-branch"].items():
+        made["held_out"] = {"samples": 500, "top1": 70.0 + 2 * int(seed)}
+    table = comparison_table(found)
+    rows = cells(table)
+    assert rows[REFERENCE]["held out %"] == "83.00"
+    assert rows["sigma-branch"]["held out %"] == "72.00 ± 2.00"
+    assert rows["sigma-branch"]["top-1 %"] == "81.00 ± 1.00"
+    assert any("Held out" in note for note in table.notes)
+
+
 def test_what_depends_on_the_input_shows_its_mean_and_its_largest_over_all_seeds(found):
     rows = cells(comparison_table(found))
     assert rows["skipping"]["active, M"] == "0.501"

@@ -143,6 +143,11 @@ class Dataset:
         """What a training is watched on: the held-out samples, or the test split without any."""
         return self.test if self.held_out is None else self.held_out
 
+    @property
+    def measurable(self) -> tuple[str, ...]:
+        """The names that :meth:`measured` knows here."""
+        return SPLITS[:1] if self.held_out is None else SPLITS
+
     def measured(self, split: str) -> Split:
         """The split of that name.
 

@@ -167,7 +167,7 @@ class Comparison:
             "source": {
                 "seed": _manifest(source)["notes"]["seed"],
                 "sha256": source_digest(source),
-                "accuracy": self._source_accuracy(source),
+                **self._source_accuracy(source),
             },
             "rows": {
                 name: {str(seed): row for seed, row in self._measured(name, system).items()}
@@ -192,11 +192,20 @@ class Comparison:
         }
 
     def _source_accuracy(self, source: Chain) -> dict[str, Any]:
-        path = source.folder / "accuracy.json"
-        if not path.exists():
-            accuracy = source.dense_accuracy()
-            source.once(lambda: files.write_json(path, accuracy))
-        return files.read_json(path)
+        """``accuracy`` on the test split, ``held_out`` on the held-out one where there is one."""
+        found = {"accuracy": _kept(source, "accuracy.json", "test")}
+        if self.task.data.held_out is not None:
+            found["held_out"] = _kept(source, "held_out.json", "held-out")
+        return found
+
+
+def _kept(source: Chain, file: str, split: str) -> dict[str, Any]:
+    """The source network's accuracy on a split, measured once."""
+    path = source.folder / file
+    if not path.exists():
+        accuracy = source.dense_accuracy(split)
+        source.once(lambda: files.write_json(path, accuracy))
+    return files.read_json(path)
 
 
 def _is_result(result: Any) -> bool:

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, D latent length, K branches, L leaves, N samples.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -67,23 +68,29 @@ class Rerouted(System):
         return sketch(task)[1]
 
     def run(self, bench: Bench) -> Trained:
-        """Read the figure off the branched network's evaluation."""
-        figures = bench.chain.measured()["branched"]
-        top1 = {
-            "random": figures["mean_leaf"],
-            "shuffled": figures["shuffled_routes"],
-            "class": figures["leaf_by_class"],
-            "oracle": figures["oracle_leaf"],
-        }.get(self.rule)
-        if top1 is None:
-            top1 = figures["always_leaf"][int(self.rule)]
+        """Read the figures off the branched network's evaluations."""
+        measured = bench.chain.measured()
+        evaluations = {"test": measured["branched"]}
+        if "held_out" in measured:
+            evaluations["held-out"] = measured["held_out"]["branched"]
         return Trained(
             network=bench.chain.branched(),
             recipe=bench.recipe,
             epochs=bench.epochs,
-            accuracy={"samples": figures["samples"], "top1": top1},
+            accuracy={split: self._figures(found) for split, found in evaluations.items()},
             notes={"rule": _RULES.get(self.rule, f"always leaf {self.rule}")},
         )
+
+    def _figures(self, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+        top1 = {
+            "random": evaluation["mean_leaf"],
+            "shuffled": evaluation["shuffled_routes"],
+            "class": evaluation["leaf_by_class"],
+            "oracle": evaluation["oracle_leaf"],
+        }.get(self.rule)
+        if top1 is None:
+            top1 = evaluation["always_leaf"][int(self.rule)]
+        return {"samples": evaluation["samples"], "top1": top1}
 
 
 @dataclass(frozen=True, kw_only=True)

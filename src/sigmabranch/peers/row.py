@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from sigmabranch.measure import (
     Dynamic,
@@ -28,9 +27,11 @@ def measure_row(system: System, trained: Trained, bench: Bench) -> dict[str, Any
         ``mark``; ``cost`` as :func:`~sigmabranch.measure.cost` gives it, with the test split's mean
         in ``active_params`` and ``macs`` where they depend on the input, and ``active_params_max``
         and ``macs_max``; ``active_bytes`` (``mean``, ``max``) as stored; ``accuracy`` on the test
-        split; ``latency`` at batch 1 on the CPU against the source network; ``notes``.
+        split, and ``held_out``, that on the held-out one where there is one; ``latency`` at batch 1
+        on the CPU against the source network; ``notes``.
     """
-    accuracy = dict(trained.accuracy or _accuracy(trained.network, bench))
+    accuracy = _accuracy(trained, bench, "test")
+    held_out = bench.chain.dataset.held_out is not None
     counted = _cost(trained, bench, accuracy)
     net = counted["net"]
     return {
@@ -44,18 +45,22 @@ def measure_row(system: System, trained: Trained, bench: Bench) -> dict[str, Any
             "max": trained.bytes_per_param * net["active_params_max"],
         },
         "accuracy": accuracy,
+        **({"held_out": _accuracy(trained, bench, "held-out")} if held_out else {}),
         "latency": _latency(trained, bench),
         "notes": dict(trained.notes),
     }
 
 
-def _accuracy(network: nn.Module, bench: Bench) -> dict[str, Any]:
+def _accuracy(trained: Trained, bench: Bench, split: str) -> dict[str, Any]:
+    if trained.accuracy is not None:
+        return dict(trained.accuracy[split])
+    network, chain = trained.network.to(bench.device), bench.chain
     if isinstance(network, SigmaBranchNet):
-        return bench.chain.accuracy(network.to(bench.device))
-    test, shards = ordered(bench.chain.dataset.test), bench.chain.engine.shards
+        return chain.accuracy(network, split)
+    batches, shards = ordered(chain.dataset.measured(split)), chain.engine.shards
     if isinstance(network, Dynamic):
-        return evaluate_dynamic(network.to(bench.device), test, shards=shards)
-    return evaluate_dense(network.to(bench.device), test, shards=shards)
+        return evaluate_dynamic(network, batches, shards=shards)
+    return evaluate_dense(network, batches, shards=shards)
 
 
 def _cost(trained: Trained, bench: Bench, accuracy: dict[str, Any]) -> dict[str, Any]:

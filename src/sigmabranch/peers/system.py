@@ -35,7 +35,7 @@ class Trained:
         mark: how its training departs from the table's recipe, in a few words; empty if it does
             not. A table refuses rows of another recipe without it.
         notes: more figures worth keeping, JSON-able.
-        accuracy: figures to take instead of evaluating the network.
+        accuracy: split → figures to take instead of evaluating the network.
         counted: network to count instead, where the real one cannot be followed.
         bytes_per_param: of the stored weights; 4 for float32.
     """
@@ -45,7 +45,7 @@ class Trained:
     epochs: int
     mark: str = ""
     notes: Mapping[str, Any] = field(default_factory=dict)
-    accuracy: Mapping[str, Any] | None = None
+    accuracy: Mapping[str, Mapping[str, Any]] | None = None
     counted: nn.Module | None = None
     bytes_per_param: float = 4.0
 

@@ -33,6 +33,7 @@ class Entry:
         active, macs, read: parameters, multiply-adds and bytes of weights per input.
         bits: per stored weight.
         top1_by_seed: seed → percent.
+        held_out: top-1 on samples held out of training, in percent, if there are any.
         gain, balance: of the routing, where there is any.
         latency: time of one input over the source network's, if measured.
         ceiling: whether it needs the true label.
@@ -51,6 +52,7 @@ class Entry:
     read: Range
     bits: float = FULL_BITS
     top1_by_seed: Mapping[int, float]
+    held_out: Spread | None = None
     gain: Spread | None = None
     balance: Spread | None = None
     latency: float | None = None

@@ -79,6 +79,7 @@ def _columns(compared: Compared, footnotes: list[str]) -> list[Column]:
         (headed("MACs", macs), lambda entry: _scaled(entry.macs.mean, macs)),
         (headed("MACs at most", macs), lambda entry: _largest(entry.macs, macs)),
         ("top-1 %", lambda entry: _top1(entry, seeds)),
+        ("held out %", lambda entry: _spread(entry.held_out, 2)),
         ("gain pp", lambda entry: _spread(entry.gain, 2)),
         ("balance", lambda entry: _spread(entry.balance, 3)),
         ("time", lambda entry: NOTHING if entry.latency is None else f"{entry.latency:.2f}"),
@@ -133,7 +134,9 @@ def _notes(compared: Compared) -> tuple[str, ...]:
         "where inputs differ. Gain: top-1 over shuffled routes. Balance: entropy of the leaf "
         "usage, 1 being even. Time: of one input on the CPU, weights in memory, over the source "
         "network's at the same moment.",
+        *(["Held out: top-1 on training samples that no row was trained on, to choose by."]
+          if compared.reference.held_out else []),
         sampling_note(compared.evaluation),
         *missing,
         compared.convention,
-    )
+    )  # fmt: skip

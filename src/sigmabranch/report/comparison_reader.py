@@ -145,8 +145,9 @@ def _entry(
         bits=bits,
         top1_by_seed={int(seed): by_seed[seed]["accuracy"]["top1"]
                       for seed in sorted(by_seed, key=int)},
-        gain=_spread(rows, "routing_gain"),
-        balance=_spread(rows, "balance"),
+        held_out=_spread(rows, "held_out", "top1"),
+        gain=_spread(rows, "accuracy", "routing_gain"),
+        balance=_spread(rows, "accuracy", "balance"),
         latency=_latency(rows),
         ceiling=ceiling,
         recipe=first["recipe"],
@@ -189,8 +190,9 @@ def _range(pairs: Iterable[tuple[float, float]]) -> Range:
     return Range(statistics.fmean(means), max(largest))
 
 
-def _spread(rows: Sequence[Mapping[str, Any]], key: str) -> Spread | None:
-    values = [row["accuracy"][key] for row in rows if row["accuracy"].get(key) is not None]
+def _spread(rows: Sequence[Mapping[str, Any]], part: str, key: str) -> Spread | None:
+    parts = [row.get(part, {}) for row in rows]
+    values = [figures[key] for figures in parts if figures.get(key) is not None]
     return Spread.of(values) if values else None
 
 
@@ -216,6 +218,7 @@ def _reference(found: Mapping[str, Any], dense: Mapping[str, Any]) -> Entry:
         macs=Range(macs, macs),
         read=Range(4 * params, 4 * params),
         top1_by_seed={source["seed"]: source["accuracy"]["top1"]},
+        held_out=_spread([source], "held_out", "top1"),
         latency=1.0,
         recipe=found["task"]["dense"],
     )

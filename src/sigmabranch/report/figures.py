@@ -201,7 +201,7 @@ def training_curves(
     loss.set(title="Loss", ylim=(0, None))
 
     _line(accuracy, dense, "train_top1", style.DENSE, "dense, train", dashes=(1, 1.5))
-    _line(accuracy, dense, "top1", style.DENSE, "dense, test")
+    _line(accuracy, dense, "top1", style.DENSE, "dense")
     _line(accuracy, finetune, "train_top1", new, "branched, train", start=start, dashes=(1, 1.5))
     _line(accuracy, finetune, "top1", new, "branched, one path", start=start)
     _line(

@@ -254,17 +254,27 @@ class Chain:
         return self._measure(evaluate_dense, self.dense(), self.dataset.measured(split))
 
     def measured(self) -> dict[str, Any]:
-        """Cost and accuracy of all three networks, from their test split."""
+        """Cost and accuracy of all three networks, from their test split.
+
+        Where samples are held out, ``held_out`` has the same accuracies on them.
+        """
         path = self.folder / "measured.json"
         if not path.exists():
             measured = {
                 "cost": count_net(self.branched().cpu(), self.task),
-                "dense": self.dense_accuracy(),
-                "converted": self.accuracy(self.converted()),
-                "branched": self.accuracy(self.branched()),
+                **self._accuracies("test"),
             }
+            if self.dataset.held_out is not None:
+                measured["held_out"] = self._accuracies("held-out")
             self.once(lambda: files.write_json(path, measured))
         return files.read_json(path)
+
+    def _accuracies(self, split: str) -> dict[str, Any]:
+        return {
+            "dense": self.dense_accuracy(split),
+            "converted": self.accuracy(self.converted(), split),
+            "branched": self.accuracy(self.branched(), split),
+        }
 
     def result(self, controls: Mapping[str, Any]) -> dict[str, Any]:
         """Everything worth publishing about this run, JSON-able; also written to the folder."""
