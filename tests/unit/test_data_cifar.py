@@ -74,6 +74,16 @@ def test_unpacked_folder_or_its_parent_is_read_exactly(unpacked: Path) -> None:
     check_content(unpacked.parent)
 
 
+def test_conditions_are_read_from_the_same_files(unpacked: Path) -> None:
+    plain, seen = (open_data(name, unpacked) for name in ("cifar100", "cifar100-conditions"))
+    assert (seen.name, seen.classes, seen.shape) == ("cifar100-conditions", 100, (3, 32, 32))
+    assert (len(seen.train), len(seen.test)) == (30, 40)
+    assert torch.equal(seen.test.labels, plain.test.labels.repeat_interleave(4))
+    (x, _) = next(plain.test.batches(torch.arange(10), 10))
+    (by_day, _) = next(seen.test.batches(torch.arange(0, 40, 4), 10))
+    assert torch.equal(by_day, x)
+
+
 def test_archive_or_its_folder_is_read_exactly(archive: Path) -> None:
     check_content(archive)
     check_content(archive.parent)

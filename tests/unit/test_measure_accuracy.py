@@ -52,6 +52,44 @@ def batches(data, size=32):
     return list(zip(*(part.split(size) for part in data), strict=True))
 
 
+class Told(list):
+    """Batches that tell of each sample under which condition it was taken."""
+
+    conditions = ("day", "night", "never")
+
+    def part(self, rank, world_size, samples=None):
+        return iter(self[rank::world_size])
+
+
+def test_figures_under_each_condition_are_those_of_its_samples_alone(net, data):
+    condition = torch.arange(SAMPLES) % 3 % 2
+    told = Told(batches((*data, condition)))
+    apart = [batches([part[condition == number] for part in data]) for number in (0, 1)]
+    whole = evaluate(net, told)
+    day, night = (evaluate(net, each) for each in apart)
+    right = {"day": day["top1"], "night": night["top1"]}
+    assert whole["accuracy_by_condition"] == pytest.approx(right)
+    assert whole["condition_leaf_share"][:2] == [
+        pytest.approx(day["usage"]), pytest.approx(night["usage"]),
+    ]  # fmt: skip
+    assert whole["condition_leaf_share"][2] == [0.0] * len(net.tree.leaves)
+    plain = evaluate(net, batches(data))
+    extra = {"accuracy_by_condition", "leaf_condition_mi", "condition_leaf_share"}
+    assert {key: value for key, value in whole.items() if key not in extra} == plain
+    json.dumps(whole)
+    model = nn.Linear(WIDTH, CLASSES)
+    by_condition = evaluate_dense(model, told)["accuracy_by_condition"]
+    assert by_condition["night"] == pytest.approx(evaluate_dense(model, apart[1])["top1"])
+
+
+def test_a_route_that_follows_the_condition_says_so(net, data):
+    leaf = net.eval().hard(data[0]).leaf
+    told = Told(batches((*data, (leaf == leaf[0]).long())))
+    other = Told(batches((*data, torch.arange(SAMPLES) % 2)))
+    informed, blind = (evaluate(net, each)["leaf_condition_mi"] for each in (told, other))
+    assert informed > 5 * blind
+
+
 @torch.no_grad()
 def test_top1_top5_and_usage_are_those_of_the_hard_forward(net, data):
     measured = evaluate(net, batches(data))

@@ -151,6 +151,10 @@ class FolderSplit:
             unreadable=set(),
         )
 
+    def as_measured(self) -> FolderSplit:
+        """See :meth:`Split.as_measured`."""
+        return self
+
     @property
     def _tolerated(self) -> int:
         return int(UNREADABLE_SHARE * len(self))

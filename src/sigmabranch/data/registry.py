@@ -9,6 +9,7 @@ import torch
 
 from sigmabranch.data.cifar import ARCHIVE, PAGE, open_cifar100
 from sigmabranch.data.clouds import POINTS
+from sigmabranch.data.conditions import under_conditions
 from sigmabranch.data.embedded import open_digits
 from sigmabranch.data.modelnet import HDF5_FOLDER, TEXT_FOLDER, open_modelnet40
 from sigmabranch.data.shapes import open_shapes
@@ -19,6 +20,7 @@ from sigmabranch.errors import ConfigError, DataError
 _SHAPES: dict[str, tuple[int, ...]] = {
     "digits": (1, 8, 8),
     "cifar100": (3, 32, 32),
+    "cifar100-conditions": (3, 32, 32),
     "imagenet": (3, 224, 224),
     "modelnet40": (POINTS, 3),
     "shapes": (POINTS, 3),
@@ -26,8 +28,10 @@ _SHAPES: dict[str, tuple[int, ...]] = {
 DATA_NAMES = tuple(_SHAPES)
 #: Data sets that need no folder.
 EMBEDDED = ("digits", "shapes")
+_CIFAR = f"one that holds {ARCHIVE} (the binary version) from {PAGE}, packed or unpacked"
 _CONTENTS = {
-    "cifar100": f"one that holds {ARCHIVE} (the binary version) from {PAGE}, packed or unpacked",
+    "cifar100": _CIFAR,
+    "cifar100-conditions": _CIFAR,
     "modelnet40": f"one that holds {HDF5_FOLDER} or {TEXT_FOLDER}",
     "imagenet": "one that holds train/<class>/*.JPEG and val/<class>/*.JPEG",
 }
@@ -64,8 +68,9 @@ def open_data(
         return open_shapes(device)
     if folder is None:
         raise DataError(f"{name} needs a folder (--data): {_CONTENTS[name]}")
-    if name == "cifar100":
-        return open_cifar100(folder, device, channels_last=channels_last)
+    if name in ("cifar100", "cifar100-conditions"):
+        plain = open_cifar100(folder, device, channels_last=channels_last)
+        return plain if name == "cifar100" else under_conditions(plain, name)
     if name == "modelnet40":
         return open_modelnet40(folder, device)
     from sigmabranch.data.imagenet import open_imagenet  # noqa: PLC0415 (loads Pillow)

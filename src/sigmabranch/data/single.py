@@ -14,6 +14,7 @@ from sigmabranch.errors import DataError
 
 _WAYS = {
     "cifar100": (1.0, cifar.MEAN, cifar.STD),
+    "cifar100-conditions": (1.0, cifar.MEAN, cifar.STD),
     "imagenet": (TEST_SCALE, imagenet.MEAN, imagenet.STD),
 }
 # Its short side is scaled to the network's, and the long one with it.

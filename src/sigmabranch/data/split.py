@@ -49,9 +49,12 @@ class Split(Protocol):
     def select(self, index: Tensor) -> Split:
         """The split of only these samples, renumbered from 0."""
 
+    def as_measured(self) -> Split:
+        """What these samples are measured by: themselves, or several views of each."""
+
 
 class Normalise:
-    """uint8 images to float32 of zero mean and unit deviation in each channel.
+    """Pixels of 0 to 255 to float32 of zero mean and unit deviation in each channel.
 
     Args:
         mean: of each channel, for pixels scaled to 0..1.
@@ -75,7 +78,7 @@ class Normalise:
         self._format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Normalise uint8 (B, C, H, W) to float32."""
+        """Normalise (B, C, H, W) to float32; float32 pixels are overwritten."""
         values = images_BCHW.to(torch.float32, memory_format=self._format)
         return values.mul_(self._scale).add_(self._shift)
 
@@ -116,6 +119,10 @@ class ResidentSplit:
         """See :meth:`Split.select`."""
         index = index.to(self.inputs.device)
         return replace(self, inputs=self.inputs[index], labels=self.labels[index])
+
+    def as_measured(self) -> ResidentSplit:
+        """See :meth:`Split.as_measured`."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,7 +190,7 @@ class Dataset:
             ConfigError: a limit below 1, or so many held out that none is left to train on.
         """
         samples, train_seed = len(self.train), derive_seed(seed, 0)
-        kept = None
+        kept = self.held_out
         if held_out is not None:
             left = samples - held_out
             if not 0 < left < samples:
@@ -193,7 +200,7 @@ class Dataset:
                 )
             seen = stratified(self.train.labels, left, train_seed)
             is_seen_N = torch.zeros(samples, dtype=torch.bool).index_fill(0, seen, True)
-            kept = self.train.select((~is_seen_N).nonzero()[:, 0])
+            kept = self.train.select((~is_seen_N).nonzero()[:, 0]).as_measured()
             train = left if train is None else min(train, left)
         return replace(
             self,

@@ -4,7 +4,10 @@ One pass over the data runs every node once, and all figures come from it: the h
 is read off the soft pass, whose leaves are the very modules the hard path would run. A few numbers
 per sample stay on the device; the host waits for them once, at the end.
 
-Shapes: N samples, B batch, V classes, L leaves.
+A loader may tell under which condition each sample was taken: it then has ``conditions``, their
+names, and what its ``part`` yields has a third tensor, (B,) int64 numbers among them.
+
+Shapes: N samples, B batch, V classes, L leaves, K conditions.
 """
 
 from __future__ import annotations
@@ -62,26 +65,29 @@ def evaluate(
         accuracy of a router that knew only the class); ``always_leaf`` per leaf and ``mean_leaf``;
         ``shuffled_routes`` and ``routing_gain`` (``top1`` minus that); ``agreement`` of two leaves;
         ``mean_max_p``; ``leaf_class_mi``; ``usage`` and ``balance``; ``class_leaf_share`` (V rows
-        of L); ``best_leaf_of_class``; ``leaves``.
+        of L); ``best_leaf_of_class``; ``leaves``. Where batches tell conditions, also
+        ``accuracy_by_condition`` (``top1`` of each), ``leaf_condition_mi`` and
+        ``condition_leaf_share`` (K rows of L).
 
     Raises:
         DataError: no samples, or labels outside the network's classes.
         NumericError: a NaN or infinite logit.
         ConfigError: ``class_leaf`` does not name one leaf per class.
     """
-    facts = _Facts(shards)
+    facts = _Facts(shards, batches)
     with torch.no_grad(), evaluating(net):
-        for x, y in _on_device(net, shards.own(batches)):
+        for x, y, given in _on_device(net, shards.own(batches)):
             soft = net.soft(x)
             leaf_B = net.leaf_of(soft)
             logits_BLV = soft.logits.float()
-            facts.add(logits_BLV, y, **_routed_facts(logits_BLV, soft.log_prob, leaf_B, y))
+            routed = _routed_facts(logits_BLV, soft.log_prob, leaf_B, y)
+            facts.add(logits_BLV, y, **routed, **given)
     samples, classes = facts.checked()
     leaves = len(net.tree.leaves)
     y_N, leaf_N, correct_NL = facts["y"], facts["leaf"], facts["correct"]
     routed_VL = _per_class(F.one_hot(leaf_N, leaves), y_N, classes)
     right_VL = _per_class(correct_NL.long(), y_N, classes)
-    usage_L, per_class_V1 = routed_VL.sum(dim=0), routed_VL.sum(dim=1, keepdim=True)
+    usage_L = routed_VL.sum(dim=0)
     best_leaf_V = right_VL.argmax(dim=1)
     sent_V = best_leaf_V if class_leaf is None else _one_leaf_each(class_leaf, right_VL)
     top1 = facts.percent("top1")
@@ -102,9 +108,23 @@ def evaluate(
         "leaf_class_mi": leaf_class_information(routed_VL),
         "usage": (usage_L.double() / samples).tolist(),
         "balance": balance(usage_L),
-        "class_leaf_share": (routed_VL.double() / per_class_V1.clamp(min=1)).tolist(),
+        "class_leaf_share": _shares(routed_VL),
         "best_leaf_of_class": best_leaf_V.tolist(),
         "leaves": [node_key(leaf) for leaf in net.tree.leaves],
+        **facts.by_condition(),
+        **_routes_by_condition(facts, leaves),
+    }
+
+
+def _routes_by_condition(facts: _Facts, leaves: int) -> dict[str, Any]:
+    """How the leaves share the conditions, if they are known."""
+    if not facts.conditions:
+        return {}
+    routed_NL = F.one_hot(facts["leaf"], leaves)
+    routed_KL = _per_class(routed_NL, facts["condition"], len(facts.conditions))
+    return {
+        "leaf_condition_mi": leaf_class_information(routed_KL),
+        "condition_leaf_share": _shares(routed_KL),
     }
 
 
@@ -119,17 +139,18 @@ def evaluate_dense(
         shards: as for :func:`evaluate`.
 
     Returns:
-        ``samples``, ``top1`` and ``top5`` in percent, ``loss`` (mean cross-entropy, nats).
+        ``samples``, ``top1`` and ``top5`` in percent, ``loss`` (mean cross-entropy, nats), and
+        ``accuracy_by_condition`` (``top1`` of each) where batches tell conditions.
 
     Raises:
         DataError: no samples, or labels outside the network's classes.
         NumericError: a NaN or infinite logit.
     """
-    facts = _Facts(shards)
+    facts = _Facts(shards, batches)
     with torch.no_grad(), evaluating(model):
-        for x, y_B in _on_device(model, shards.own(batches)):
+        for x, y_B, given in _on_device(model, shards.own(batches)):
             logits_BV = model(x).float()
-            facts.add(logits_BV, y_B, **_plain_facts(logits_BV, y_B))
+            facts.add(logits_BV, y_B, **_plain_facts(logits_BV, y_B), **given)
     return _plain_figures(facts)
 
 
@@ -149,6 +170,7 @@ def _plain_figures(facts: _Facts) -> dict[str, Any]:
         "top1": facts.percent("top1"),
         "top5": facts.percent("top5"),
         "loss": facts.mean("loss"),
+        **facts.by_condition(),
     }
 
 
@@ -173,9 +195,9 @@ def evaluate_dynamic(
         NumericError: a NaN or infinite logit.
     """
     assert isinstance(model, nn.Module)
-    facts = _Facts(shards)
+    facts = _Facts(shards, batches)
     with torch.no_grad(), evaluating(model):
-        for x, y_B in _on_device(model, shards.own(batches)):
+        for x, y_B, given in _on_device(model, shards.own(batches)):
             logits, load = model.with_load(x)
             facts.add(
                 logits,
@@ -184,6 +206,7 @@ def evaluate_dynamic(
                 active_params=load.active_params,
                 macs=load.macs,
                 choices=load.choices,
+                **given,
             )
     return {
         **_plain_figures(facts),
@@ -198,8 +221,9 @@ def evaluate_dynamic(
 class _Facts:
     """Columns of per-sample values, grown batch by batch on the device, read over all processes."""
 
-    def __init__(self, shards: Shards) -> None:
+    def __init__(self, shards: Shards, batches: Batches) -> None:
         self._shards = shards
+        self.conditions: tuple[str, ...] = getattr(batches, "conditions", ())
         self._columns: defaultdict[str, list[Tensor]] = defaultdict(list)
         self._whole: dict[str, Tensor] = {}
         self._classes = 0
@@ -221,6 +245,19 @@ class _Facts:
 
     def percent(self, name: str) -> float:
         return 100 * self.mean(name)
+
+    def by_condition(self) -> dict[str, Any]:
+        """Top-1 in percent under each condition that occurs, if they are known."""
+        if not self.conditions:
+            return {}
+        right_N, condition_N = self["top1"].double(), self["condition"]
+        return {
+            "accuracy_by_condition": {
+                name: 100 * right_N[condition_N == number].mean().item()
+                for number, name in enumerate(self.conditions)
+                if (condition_N == number).any()
+            }
+        }
 
     def checked(self) -> tuple[int, int]:
         """(samples, classes), once it is certain that the figures mean something."""
@@ -274,6 +311,11 @@ def _per_class(values_NL: Tensor, y_N: Tensor, classes: int) -> Tensor:
     return values_NL.new_zeros(classes, values_NL.shape[1]).index_add_(0, y_N, values_NL)
 
 
+def _shares(count_VL: Tensor) -> list[list[float]]:
+    """Each row over its sum; a row without samples stays 0."""
+    return (count_VL.double() / count_VL.sum(dim=1, keepdim=True).clamp(min=1)).tolist()
+
+
 def _one_leaf_each(class_leaf: Sequence[int], right_VL: Tensor) -> Tensor:
     classes, leaves = right_VL.shape
     if len(class_leaf) != classes or not all(0 <= leaf < leaves for leaf in class_leaf):
@@ -283,11 +325,15 @@ def _one_leaf_each(class_leaf: Sequence[int], right_VL: Tensor) -> Tensor:
     return torch.as_tensor(class_leaf, device=right_VL.device)
 
 
-def _on_device(model: nn.Module, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+def _on_device(
+    model: nn.Module, batches: Batches
+) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    """(inputs, labels, the samples' conditions if they are known)."""
     device = next(model.parameters()).device
-    for x, y in batches:
+    for x, y, *told in batches:
         if y.shape != x.shape[:1]:
             raise DataError(
                 f"labels of shape {tuple(y.shape)} for {len(x)} inputs: give one integer each"
             )
-        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        given = {"condition": told[0].to(device, non_blocking=True)} if told else {}
+        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True), given

@@ -80,7 +80,7 @@ def _cost(trained: Trained, bench: Bench, accuracy: dict[str, Any]) -> dict[str,
 
 
 def _latency(trained: Trained, bench: Bench) -> dict[str, float]:
-    images, _ = next(iter(ordered(bench.chain.dataset.test)))
+    images, *_ = next(iter(ordered(bench.chain.dataset.test)))
     reference = bench.task.model.build()
     with torch.no_grad():
         return latency(trained.network.cpu(), reference, images.cpu())

@@ -181,11 +181,11 @@ def _cost_rows(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[t
 
 
 def accuracy_table(evaluation: Mapping[str, Any]) -> Table:
-    """One network's evaluation, figure by figure; tables per class are left out."""
+    """One network's evaluation, figure by figure; tables are left out."""
     rows = tuple(
         (name.replace("_", " "), _plain(value))
         for name, value in evaluation.items()
-        if name not in ("class_leaf_share", "best_leaf_of_class")
+        if name not in ("class_leaf_share", "best_leaf_of_class", "condition_leaf_share")
     )
     return Table(header=("", "value"), groups=(("", rows),))
 
@@ -193,6 +193,8 @@ def accuracy_table(evaluation: Mapping[str, Any]) -> Table:
 def _plain(value: Any) -> str:
     if isinstance(value, list):
         return "  ".join(map(_plain, value))
+    if isinstance(value, Mapping):
+        return "  ".join(f"{name} {_plain(item)}" for name, item in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 
 from sigmabranch.backbones import (
     ConvNeXtSpec,
@@ -70,6 +71,13 @@ _CIFAR_SMALL = Task(
         clip_norm=5.0,
         node_grad_scale=True,
     ),
+)
+
+_CIFAR_CONDITIONS = replace(
+    _CIFAR_SMALL,
+    name="cifar100-conditions",
+    summary="CIFAR-100 by day, at night, in fog and in infrared: hours on two CPU cores",
+    data=DataSpec(name="cifar100-conditions"),
 )
 
 _CIFAR = Task(
@@ -224,6 +232,7 @@ TASKS = {
         _DIGITS,
         _SHAPES,
         _CIFAR_SMALL,
+        _CIFAR_CONDITIONS,
         _CIFAR,
         _CIFAR_WIDE,
         _CIFAR_VIT,

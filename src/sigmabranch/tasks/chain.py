@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from sigmabranch import files
 from sigmabranch.archive import read_manifest
 from sigmabranch.conversion import convert
-from sigmabranch.data import Dataset, EpochBatches, Split, derive_seed, open_data
+from sigmabranch.data import ConditionSplit, Dataset, EpochBatches, Split, derive_seed, open_data
 from sigmabranch.errors import CheckpointError, ConfigError, DataError, MissingDependency
 from sigmabranch.measure import evaluate, evaluate_dense
 from sigmabranch.net import SigmaBranchNet
@@ -430,15 +430,45 @@ class Ordered:
 
         Batches are the same for any number of processes, unless there are too few for all.
         """
+        order, size = self.share(rank, world_size, samples)
+        return self.split.batches(order, size)
+
+    def share(self, rank: int, world_size: int, samples: int | None) -> tuple[Tensor, int]:
+        """Sample numbers of a part, and how many make a batch."""
         order = self.order[:samples]
-        size = min(EVALUATION_BATCH, math.ceil(len(order) / world_size))
-        batches = order.split(max(1, size))[rank::world_size]
-        return self.split.batches(torch.cat([order[:0], *batches]), max(1, size))
+        size = max(1, min(EVALUATION_BATCH, math.ceil(len(order) / world_size)))
+        return torch.cat([order[:0], *order.split(size)[rank::world_size]]), size
 
 
-def ordered(split: Split) -> Ordered:
-    """All of a split in its own order, without augmentation."""
-    return Ordered(split, torch.arange(len(split)))
+class UnderConditions:
+    """The same for evaluation: each batch also tells its samples' conditions.
+
+    Attributes:
+        conditions: their names.
+    """
+
+    def __init__(self, ordered: Ordered, condition: Tensor, names: tuple[str, ...]) -> None:
+        self._ordered, self._condition, self.conditions = ordered, condition, names
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        return self.part(0, 1)
+
+    def part(
+        self, rank: int, world_size: int, samples: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """See :meth:`Ordered.part`; (inputs, labels, numbers of conditions)."""
+        order, size = self._ordered.share(rank, world_size, samples)
+        pairs = self._ordered.part(rank, world_size, samples)
+        for (x, y), part in zip(pairs, order.split(size), strict=False):  # nothing splits into one
+            yield x, y, self._condition[part.to(self._condition.device)]
+
+
+def ordered(split: Split) -> Ordered | UnderConditions:
+    """All of a split in its own order, without augmentation, to be measured on."""
+    plain = Ordered(split, torch.arange(len(split)))
+    if not isinstance(split, ConditionSplit):
+        return plain
+    return UnderConditions(plain, split.condition, split.conditions)
 
 
 def shuffled(split: Split, seed: int) -> Ordered:
@@ -473,6 +503,6 @@ def _complete(folder: Path) -> bool:
 
 
 def _curves(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """What an epoch's record keeps of an evaluation: everything but the tables per class."""
-    tables = ("class_leaf_share", "best_leaf_of_class")
+    """What an epoch's record keeps of an evaluation: everything but the tables."""
+    tables = ("class_leaf_share", "best_leaf_of_class", "condition_leaf_share")
     return {key: value for key, value in evaluation.items() if key not in tables}

@@ -42,5 +42,5 @@ def _normalisation(data: str) -> tuple[Sequence[float], Sequence[float]]:
         return imagenet.MEAN, imagenet.STD
     from sigmabranch.data import cifar, embedded  # noqa: PLC0415
 
-    known = {"cifar100": cifar, "digits": embedded}[data]
+    known = embedded if data == "digits" else cifar
     return known.MEAN, known.STD
