@@ -49,6 +49,7 @@ SYSTEMS = [
     Fpgm(convention="official"),
     Fpgm(convention="coupled", norm_rate=0.2),
     HRank(rate=0.4),
+    HRank(rate=0.4, convention="physical"),
 ]
 
 
@@ -146,7 +147,8 @@ def test_ranks_are_those_of_all_processes_together():
         torch.testing.assert_close(both[path], alone[path], rtol=1e-5, atol=1e-5)
 
 
-def test_hrank_removes_silent_filters_and_shares_the_map_behind_the_addition():
+@pytest.mark.parametrize("convention", ["official", "physical"])
+def test_hrank_removes_silent_filters_and_shares_the_map_behind_the_addition(convention):
     net = random_net(BOTTLENECK)
     with torch.no_grad():  # filters 1 and 4 of an inner layer and one of a stream say nothing
         net.get_parameter("layer2.0.bn1.weight")[[1, 4]] = 0
@@ -154,12 +156,15 @@ def test_hrank_removes_silent_filters_and_shares_the_map_behind_the_addition():
         for norm in ("bn3", "downsample.1"):
             net.get_parameter(f"layer1.0.{norm}.weight")[7] = 0
             net.get_parameter(f"layer1.0.{norm}.bias")[7] = 0
-    system = HRank(rate=0.3)
+    system = HRank(rate=0.4, convention=convention)
     x = images(20)
     kept = system.chosen(net, system.layout(small_task()), [(x, torch.zeros(20))])
     assert not {1, 4} & set(kept["layer2.0.conv1"].tolist())
-    assert len(kept["layer2.0.conv1"]) == int(6 * 0.7)
+    # Of 6 filters 2.4 go, or 3.6 stay.
+    assert len(kept["layer2.0.conv1"]) == {"official": 4, "physical": 3}[convention]
     assert 7 not in kept["layer1.0.conv3"].tolist()
+    if convention == "official":
+        assert torch.equal(kept["layer1.0.conv3"], kept["layer1.0.downsample.0"])
 
 
 # -- the cut -------------------------------------------------------------------------------------
@@ -298,7 +303,7 @@ def test_a_resumed_run_leaves_alone_what_was_masked(bench, tmp_path, monkeypatch
     kept = masked[0].kept()
     assert torch.equal(kept["conv1"], seen[0]["conv1"])
     assert not torch.equal(kept["conv1"], torch.arange(4, 10))
-    assert kept["layer4.0.conv1"].tolist() == list(range(5, 12))
+    assert kept["layer4.0.conv1"].tolist() == list(range(4, 12))
     assert small.get_submodule("conv1").out_channels == len(kept["conv1"])
 
 
@@ -354,8 +359,10 @@ def test_torch_pruning_keeps_the_channels_of_largest_norm(bench, monkeypatch):
         (Fpgm(rate=0.3, convention="official"), 15_886_704, 2.396e9),
         # Published: 13.77 M.
         (HRank(convention="literal"), 13_774_001, 1.528e9),
+        # What the authors' masks leave; no paper prints it.
+        (HRank(), 9_840_341, 0.98662e9),
     ],
-    ids=["fpgm-inner", "fpgm-inner-40", "fpgm-official", "hrank-literal"],
+    ids=["fpgm-inner", "fpgm-inner-40", "fpgm-official", "hrank-literal", "hrank-official"],
 )
 def test_sizes_of_resnet50_are_those_published(system, params, products):
     task = find_task("imagenet-resnet50")
@@ -416,7 +423,8 @@ def test_networks_other_than_resnets_are_refused(system):
     ("system", "layer"),
     [
         (Fpgm(rate=0.6, norm_rate=0.6), "layer1.0.conv1 with its 5"),
-        (HRank(rate=0.9), "conv1 with its 10"),  # 10 times 0.09999999999999998
+        # 10 times 0.09999999999999998
+        (HRank(rate=0.9, convention="physical"), "conv1 with its 10"),
         (Magnitude(rate=0.85), "layer1.0.conv1 with its 5"),
     ],
 )
@@ -432,7 +440,7 @@ def test_a_rate_that_empties_a_layer_is_refused_by_name(system, layer):
         (Fpgm, {"convention": "mine"}, "choose one of inner, official, coupled"),
         (HRank, {"rates": 44}, "44 are not published"),
         (HRank, {"mode": "both"}, "choose one of progressive, oneshot"),
-        (HRank, {"convention": "mine"}, "choose one of physical, literal"),
+        (HRank, {"convention": "mine"}, "choose one of official, physical, literal"),
         (HRank, {"samples": 0}, "at least 1"),
         (Taylor, {"rate": -0.1}, r"taylor rate must be in \[0, 1\)"),
     ],
@@ -457,7 +465,7 @@ def test_published_rates_need_as_many_stages():
 
 
 def test_the_literal_count_cannot_be_run(bench):
-    with pytest.raises(ConfigError, match="convention=physical"):
+    with pytest.raises(ConfigError, match="convention=official or convention=physical"):
         HRank(rate=0.3, convention="literal").run(bench)
 
 

@@ -50,8 +50,8 @@ SYSTEMS: Mapping[str, type[System]] = {
 #: Systems of other papers, as rows; each is sized to the tree's active parameters.
 PEERS: Mapping[str, System] = {
     "fpgm": Fpgm(convention="coupled"),
-    "hrank": HRank(),
-    "hrank-progressive": HRank(mode="progressive"),
+    "hrank": HRank(convention="physical"),
+    "hrank-progressive": HRank(mode="progressive", convention="physical"),
     "l1": Magnitude(),
     "taylor": Taylor(),
     "skipnet": SkipNet(),
@@ -157,8 +157,10 @@ def published_counts() -> dict[str, dict[str, Any]]:
             for rate in (0.3, 0.4)
             for convention in ("inner", "official", "coupled")
         },
-        "hrank rates=62 literal": HRank(convention="literal"),
-        "hrank rates=62 physical": HRank(convention="physical"),
+        **{
+            f"hrank rates=62 {convention}": HRank(convention=convention)
+            for convention in ("literal", "official", "physical")
+        },
         "skipnet": SkipNet(),
         "deepmoe": DeepMoE(),
     }

@@ -51,6 +51,20 @@ def coupled_groups(model: nn.Module, coupling: CouplingMap) -> list[FilterGroup]
     return [FilterGroup(convs=tuple(convs)) for convs in together.values()]
 
 
+def single_groups(model: nn.Module, coupling: CouplingMap) -> list[FilterGroup]:
+    """Every convolution by itself; residual streams, to which several write, keep their width."""
+    shared = {
+        conv
+        for group in coupled_groups(model, coupling)
+        if len(group.convs) > 1
+        for conv in group.convs
+    }
+    return [
+        FilterGroup(convs=(conv,), scattered="norm" if conv in shared else None)
+        for conv in convolutions(model)
+    ]
+
+
 def convolutions(model: nn.Module) -> list[str]:
     """Paths of a ResNet's convolutions: the stem's, then each block's, its shortcut's last."""
     stages = as_backbone(model).stages

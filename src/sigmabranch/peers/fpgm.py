@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sigmabranch.backbones import ResNetSpec
 from sigmabranch.coupling import CouplingMap
 from sigmabranch.peers.bench import Bench
-from sigmabranch.peers.filters import FilterGroup, coupled_groups, is_shortcut
+from sigmabranch.peers.filters import FilterGroup, coupled_groups, is_shortcut, single_groups
 from sigmabranch.peers.masking import MaskedNet, MaskingObjective
 from sigmabranch.peers.pruning import FilterPruning, kept_per_group, positions_of_best
 from sigmabranch.peers.system import Trained, check_choices, share
@@ -52,16 +52,11 @@ class Fpgm(FilterPruning):
 
     def groups(self, model: nn.Module, coupling: CouplingMap) -> list[FilterGroup]:
         """What is removed together under the convention."""
+        if self.convention == "official":
+            return [g for g in single_groups(model, coupling) if not is_shortcut(g.name)]
         groups = coupled_groups(model, coupling)
         if self.convention == "inner":
             return [g for g in groups if len(g.convs) == 1 and "." in g.name]
-        if self.convention == "official":
-            return [
-                FilterGroup(convs=(conv,), scattered="norm" if len(group.convs) > 1 else None)
-                for group in groups
-                for conv in group.convs
-                if not is_shortcut(conv)
-            ]
         return groups
 
     def remaining(self, group: FilterGroup, size: int) -> int:

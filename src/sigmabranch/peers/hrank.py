@@ -25,6 +25,7 @@ from sigmabranch.peers.filters import (
     convolutions,
     coupled_groups,
     is_shortcut,
+    single_groups,
     stage_of,
 )
 from sigmabranch.peers.layout import Layout
@@ -54,9 +55,13 @@ class HRank(FilterPruning):
         mode: ``"oneshot"`` removes all at once and fine-tunes, as the authors' later HRankPlus
             does; ``"progressive"`` masks block after block in equal parts of the first 60 % of the
             same training.
-        convention: ``"physical"`` prunes all that writes to one residual stream jointly;
-            ``"literal"`` is the published count, in which a convolution's outputs shrink, but
-            neither its batch norm nor the next layer's inputs. It can be counted, not run.
+        convention: ``"official"`` removes what the authors' code masks: filters of every
+            convolution, its shortcuts' too, and what reads them inside a block. Each convolution
+            that writes to a residual stream loses other filters, so streams keep their width, the
+            last stage's output included. ``"physical"`` is ours: all that writes to one stream is
+            pruned jointly, and the stream is narrowed. ``"literal"`` is the published count, in
+            which a convolution's outputs shrink, but neither its batch norm nor the next layer's
+            inputs. It can be counted, not run.
         samples: calibration images over which ranks are averaged.
     """
 
@@ -67,7 +72,7 @@ class HRank(FilterPruning):
     rates: int = 62
     rate: float | None = None
     mode: Literal["progressive", "oneshot"] = "oneshot"
-    convention: Literal["physical", "literal"] = "physical"
+    convention: Literal["official", "physical", "literal"] = "official"
     samples: int = 500
 
     def __post_init__(self) -> None:
@@ -86,12 +91,18 @@ class HRank(FilterPruning):
         """What is removed together under the convention."""
         if self.convention == "literal":
             return [FilterGroup(convs=(conv,), scattered="conv") for conv in convolutions(model)]
+        if self.convention == "official":
+            return single_groups(model, coupling)
         return coupled_groups(model, coupling)
 
     def remaining(self, group: FilterGroup, size: int) -> int:
-        """How many of ``size`` filters stay, rounded down as the authors do."""
+        """How many of ``size`` filters stay.
+
+        The authors' masks round down what goes, their counts what stays.
+        """
         # A stream that the stem writes to is the first stage's.
-        return int(size * (1 - self._rate(stage_of(group.convs[-1]))))
+        rate = self._rate(stage_of(group.convs[-1]))
+        return size - int(size * rate) if self.convention == "official" else int(size * (1 - rate))
 
     def check(self, task: Task) -> None:
         """Refuse networks that the published rates do not fit, and what every pruning refuses."""
@@ -119,7 +130,7 @@ class HRank(FilterPruning):
         if self.convention == "literal":
             raise ConfigError(
                 "hrank convention literal is a way of counting, not a network: run with "
-                "convention=physical"
+                "convention=official or convention=physical"
             )
         self.check(bench.task)
         layout, dense = self.layout(bench.task), bench.dense()
@@ -232,7 +243,7 @@ def _rank_and_norm(map_BCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 def _owner(conv: str) -> str:
     """Path of the block that a convolution belongs to, empty for the stem's."""
-    return conv.rpartition(".")[0]
+    return conv.removesuffix(".downsample.0") if is_shortcut(conv) else conv.rpartition(".")[0]
 
 
 def _unbranched(network: nn.Module) -> list[str]:
@@ -242,7 +253,7 @@ def _unbranched(network: nn.Module) -> list[str]:
 def _map_of(network: nn.Module, conv: str) -> str:
     """Path of the ReLU whose output shows a filter; behind the addition for a block's last."""
     if is_shortcut(conv):
-        block = conv.removesuffix(".downsample.0")
+        block = _owner(conv)
         conv = [other for other in _unbranched(network) if _owner(other) == block][-1]
     owner, dot, leaf = conv.rpartition(".")
     return owner + dot + leaf.replace("conv", "act")

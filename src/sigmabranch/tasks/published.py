@@ -70,7 +70,7 @@ def _fpgm(rate: float) -> tuple[str, ...]:
 
 
 _IMAGENET = PAPER["imagenet-resnet50"]
-_HRANK = ("hrank rates=62 literal", "hrank rates=62 physical")
+_HRANK = tuple(f"hrank rates=62 {name}" for name in ("literal", "official", "physical"))
 _HRANK_RATES = "Its layer rates are not published, so that nothing can be counted."
 _MIXED = (
     "The parameters were computed by the Sigma-Branch paper, the FLOPs quoted from FPGM's script, "
