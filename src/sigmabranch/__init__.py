@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         rebuild,
     )
     from sigmabranch.coupling import CouplingMap, SlicePlan, trace
-    from sigmabranch.deploy import Package, Prediction, Runtime, pack
+    from sigmabranch.deploy import Package, Prediction, Runtime, StreamFilter, pack
     from sigmabranch.errors import SigmaBranchError
     from sigmabranch.explain import Explanation
     from sigmabranch.hub import from_hub, model_card, push_to_hub
@@ -76,7 +76,7 @@ _HOMES = {
         "rebuild",
     ),
     "sigmabranch.coupling": ("CouplingMap", "SlicePlan", "trace"),
-    "sigmabranch.deploy": ("Package", "Prediction", "Runtime", "pack"),
+    "sigmabranch.deploy": ("Package", "Prediction", "Runtime", "StreamFilter", "pack"),
     "sigmabranch.errors": ("SigmaBranchError",),
     "sigmabranch.explain": ("Explanation",),
     "sigmabranch.hub": ("from_hub", "model_card", "push_to_hub"),
@@ -113,6 +113,7 @@ __all__ = [
     "SigmaBranchNet",
     "SlicePlan",
     "SoftOutput",
+    "StreamFilter",
     "TreeSpec",
     "ViT",
     "ViTSpec",

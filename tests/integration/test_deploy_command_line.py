@@ -97,6 +97,32 @@ def test_predict_gives_what_the_network_says_and_a_trace(shell, task, folder, pa
     assert first["top"][0]["class"] in text.out and f"leaf {first['leaf']}" in text.out
 
 
+def test_a_stream_is_filtered_by_what_it_showed_before(shell, folder, packed):
+    tree = Package(packed[0])
+    assert [len(row) for row in tree.class_share] == [len(tree.leaves)] * tree.classes
+    path = folder / "dense-stream"
+    assert shell.run("pack", folder / "dense", "--out", path).code == 0
+    arguments = [part for number in range(6) for part in ("--sample", number)]
+
+    def answers(*options):
+        done = shell.run("predict", path, *arguments, "--json", *options)
+        assert done.code == 0, done.err
+        return [row["top"] for row in json.loads(done.out)["inputs"]]
+
+    alone, filtered = answers(), answers("--stream", "--stickiness", 0.9)
+    assert answers("--stream", "--stickiness", 0) == alone
+    first, expected = (rows[0][0]["probability"] for rows in (filtered, alone))
+    assert first == pytest.approx(expected)  # nothing came before it
+    assert filtered[1:] != alone[1:]
+    for options, message in (
+        (("--stream", "--stickiness", 1), "must be in [0, 1), got 1.0"),
+        (("--stickiness", 0.5), "add --stream"),
+        (("--stream", "--engine", "onnx"), "the engine onnx filters no streams"),
+    ):
+        done = shell.run("predict", path, "--sample", 0, *options)
+        assert done.code == 2 and message in done.err
+
+
 def test_onnx_nodes_say_what_the_package_says(shell, task, tmp_path):
     pytest.importorskip("onnxscript")
     saved(task.with_settings(["tree.depth=1"]), tmp_path)

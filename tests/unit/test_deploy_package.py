@@ -282,6 +282,8 @@ def first_tensor(manifest):
         (lambda m: m["network"].pop("tree"), "damaged: KeyError"),
         (lambda m: m.update(network=[]), "network must be dict"),
         (lambda m: m.update(usage=[0.5]), "usage must be dict"),
+        (lambda m: m.update(class_share=[[1.0]]), "class share must be a table of"),
+        (lambda m: m.update(class_share=7), "not iterable"),
         (lambda m: m.update(usage={"0-0": "often"}), "must be a share of inputs, got 'often'"),
         (lambda m: m.update(usage={"0-0": -1}), "must be a share of inputs, got -1"),
         (lambda m: m.update(usage={"0": 1.0}), "usage names '0': the leaves are 0-0, 0-1"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -38,21 +38,23 @@ def command(
     task, seed = read_source(net, None, None)
     model = load_dense(net) if read_manifest(net)["kind"] == "dense" else load_net(net)
     notes = {"task": task.to_dict(), "seed": seed}
-    usage: dict[str, float] = {}
+    seen: dict[str, Any] = {}
     if data is not None or task.data.name in EMBEDDED:
         dataset = open_task_data(task, data, torch.device("cpu"))
         notes["classes"] = list(dataset.class_names)
-        usage = _usage(model, dataset) if isinstance(model, SigmaBranchNet) else {}
+        seen = _leaves(model, dataset) if isinstance(model, SigmaBranchNet) else {}
     folder = out or net.resolve().with_name(f"{net.resolve().name}-package")
-    package = pack(model, folder, example(task), usage=usage, notes=notes)
+    package = pack(model, folder, example(task), notes=notes, **seen)
     print_result(_result(package), package_table(package).to_text(), as_json)
 
 
-def _usage(net: SigmaBranchNet, dataset: Dataset) -> dict[str, float]:
-    """Share of the training samples that take each leaf."""
-    first = dataset.limit(train=USAGE_SAMPLES).train
-    figures = evaluate(net, ordered(first))
-    return dict(zip(figures["leaves"], figures["usage"], strict=True))
+def _leaves(net: SigmaBranchNet, dataset: Dataset) -> dict[str, Any]:
+    """How often training samples, and those of each class, take each leaf."""
+    figures = evaluate(net, ordered(dataset.limit(train=USAGE_SAMPLES).train))
+    return {
+        "usage": dict(zip(figures["leaves"], figures["usage"], strict=True)),
+        "class_share": figures["class_leaf_share"],
+    }
 
 
 def _result(package: Package) -> dict[str, object]:

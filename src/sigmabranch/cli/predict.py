@@ -15,6 +15,7 @@ from sigmabranch.cli import options
 from sigmabranch.cli.screen import print_result
 from sigmabranch.deploy import Prediction, Runtime
 from sigmabranch.deploy.engines import ENGINES
+from sigmabranch.deploy.stream import STICKINESS
 from sigmabranch.errors import CheckpointError, ConfigError
 from sigmabranch.tasks import Task, open_task_data
 
@@ -45,12 +46,30 @@ def command(
         bool, typer.Option(help="Read likely branches before they are decided.")
     ] = True,
     engine: Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}, {ONNX}.")] = "eager",
+    stream: Annotated[
+        bool, typer.Option("--stream", help="The inputs are a stream: filter the answers.")
+    ] = False,
+    stickiness: Annotated[
+        float | None,
+        typer.Option(
+            help="Probability that the next input of a stream is of the same group of classes.",
+            show_default=str(STICKINESS),
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Run a package on one input after the other, reading only each one's path."""
     if not pictures and not sample:
         raise ConfigError("nothing to predict: give picture files, or --sample NUMBER")
-    with _opened(package, engine, budget, bandwidth, prefetch) as (runtime, shape, notes):
+    if stickiness is not None and not stream:
+        raise ConfigError("--stickiness is that of a stream: add --stream")
+    if stream and stickiness is None:
+        stickiness = STICKINESS
+    with _opened(package, engine, budget, bandwidth, prefetch, stickiness) as (
+        runtime,
+        shape,
+        notes,
+    ):
         task, names = described(package, notes)
         rows = [
             {"input": title, **row(runtime.predict(x), names)}
@@ -65,19 +84,32 @@ def command(
 
 @contextmanager
 def _opened(
-    folder: Path, engine: str, budget: str | None, bandwidth: str | None, prefetch: bool
+    folder: Path,
+    engine: str,
+    budget: str | None,
+    bandwidth: str | None,
+    prefetch: bool,
+    stickiness: float | None,
 ) -> Iterator[tuple[Any, tuple[int, ...], Mapping[str, Any]]]:
     """What predicts, the shape of an input, and the notes of the folder."""
     if engine == ONNX:
         if not prefetch:
             raise ConfigError("the engine onnx never guesses a branch: leave out --no-prefetch")
+        if stickiness is not None:
+            raise ConfigError("the engine onnx filters no streams: predict with a package")
         from sigmabranch.deploy.onnx_path import OnnxPath  # noqa: PLC0415 (loads ONNX Runtime)
 
         with OnnxPath(folder, budget=budget, bytes_per_second=bandwidth) as path:
             yield path, path.input_shape, path.manifest.get("notes", {})
         return
     with Runtime.open(
-        folder, budget=budget, engine=engine, prefetch=prefetch, bytes_per_second=bandwidth
+        folder,
+        budget=budget,
+        engine=engine,
+        prefetch=prefetch,
+        bytes_per_second=bandwidth,
+        stream=stickiness is not None,
+        stickiness=STICKINESS if stickiness is None else stickiness,
     ) as runtime:
         yield runtime, runtime.package.input_shape, runtime.package.notes
 

@@ -101,6 +101,7 @@ def pack(
     example: Tensor,
     *,
     usage: Mapping[str, float] | None = None,
+    class_share: Sequence[Sequence[float]] | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> Package:
     """Write a branched or a dense network as a package.
@@ -112,13 +113,17 @@ def pack(
             folded network is checked on it.
         usage: leaf → share of the inputs that take it (from an evaluation), a first guess at what
             to keep and to prefetch; leaves that are not named take none.
+        class_share: for each class, the share of its inputs that take each leaf (an evaluation's
+            ``class_leaf_share``), which a stream's answers are filtered with; of a dense network,
+            that belong to each of any groups of classes.
         notes: anything JSON-able to keep, such as the task.
 
     Returns:
         The package, opened.
 
     Raises:
-        ConfigError: a usage of something else than leaves, or that is no share.
+        ConfigError: a usage of something else than leaves, or that is no share; a class share that
+            is no table of classes by leaves.
         ConversionError: a network that is not its parts in a row, or that folding its batch norms
             changes, or modules whose stored names would be the same.
         CheckpointError: the folder cannot be written, or holds something else.
@@ -129,8 +134,10 @@ def pack(
         model = as_backbone(model, example)
         model.check(example)
     nodes = folded_nodes(model)
-    usage = _checked_usage(usage or {}, _leaves([node.key for node in nodes]))
+    leaves = _leaves([node.key for node in nodes])
+    usage = _checked_usage(usage or {}, leaves)
     classes, macs = _checked(model, nodes, example)
+    share = _checked_class_share(class_share or (), classes, leaves)
     contents, stored = {}, []
     for node in nodes:
         name = f"{node.key}.safetensors"
@@ -156,6 +163,8 @@ def pack(
         "notes": dict(notes or {}),
         "nodes": [node.to_dict() for node in stored],
     }
+    if share:
+        manifest["class_share"] = share
     contents[MANIFEST] = files.json_bytes(sealed(manifest))
     with ExitStack() as stack:
         for name in reversed(contents):  # replaced in the reverse of this order
@@ -222,6 +231,8 @@ class Package:
         input_shape: of one input, without the batch.
         classes: length of the logits.
         usage: leaf → share of the inputs; empty if it was not measured.
+        class_share: a row a class: the share of its inputs in each leaf, of a dense network in each
+            group of classes; empty if it was not measured.
         notes: as given to :func:`pack`.
 
     Raises:
@@ -243,6 +254,8 @@ class Package:
             self.nodes = {node.key: node for node in map(StoredNode.from_dict, stored)}
             self._check_tree([node["key"] for node in stored])
             self.usage: Mapping[str, float] = _checked_usage(usage, self.leaves)
+            share = manifest.get("class_share", [])
+            self.class_share = _checked_class_share(share, self.classes, self.leaves)
         for node in self.nodes.values():
             self._check_file(node, read=False)
 
@@ -371,3 +384,20 @@ def _checked_usage(usage: Mapping[str, Any], leaves: Sequence[str]) -> dict[str,
         if not isinstance(share, int | float) or not 0 <= share <= sys.float_info.max:
             raise ConfigError(f"the usage of leaf {leaf} must be a share of inputs, got {share!r}")
     return dict(usage)
+
+
+def _checked_class_share(
+    rows: Sequence[Sequence[Any]], classes: int, leaves: Sequence[str]
+) -> list[list[float]]:
+    """A row a class; :class:`ConfigError` for another table or what is no share."""
+    if not rows:
+        return []
+    table = [[*row] for row in rows]
+    groups = len(table[0]) if len(leaves) == 1 else len(leaves)
+    if len(table) != classes or not groups or {len(row) for row in table} != {groups}:
+        kind = "groups" if len(leaves) == 1 else f"{groups} leaves"
+        raise ConfigError(f"a class share must be a table of {classes} classes by {kind}")
+    for value in (value for row in table for value in row):
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise ConfigError(f"a class share must be a share of inputs, got {value!r}")
+    return table

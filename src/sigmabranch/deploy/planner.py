@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sigmabranch.deploy.prior import LeafPrior
+from sigmabranch.deploy.prior import Prior
 from sigmabranch.deploy.program import Program
 from sigmabranch.deploy.residency import Residency
 from sigmabranch.deploy.segment import Segment
@@ -25,7 +25,7 @@ class Planner:
     """
 
     def __init__(
-        self, program: Program, prior: LeafPrior, residency: Residency, *, prefetch: bool
+        self, program: Program, prior: Prior, residency: Residency, *, prefetch: bool
     ) -> None:
         self.bytes_per_second: float | None = None
         self._program, self._prior, self._residency = program, prior, residency

@@ -6,6 +6,7 @@ stream of similar inputs makes the diagonal heavy. Nothing needs to be told whic
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 from sigmabranch.deploy.package import ancestry
@@ -15,7 +16,23 @@ _PRIOR_INPUTS = 2.0
 _DECAY = 0.95
 
 
-class LeafPrior:
+class Prior(ABC):
+    """Probabilities of nodes for inputs that are yet to come."""
+
+    @abstractmethod
+    def saw(self, leaf: str) -> None:
+        """An input took ``leaf``."""
+
+    @abstractmethod
+    def nodes(self, given: str = "root") -> dict[str, float]:
+        """Probability of each node for an input of which it is known that it passes ``given``."""
+
+    @abstractmethod
+    def following(self, given: str) -> dict[str, float]:
+        """The same for the input after one that passes ``given``."""
+
+
+class LeafPrior(Prior):
     """Probabilities of leaves and nodes, given the leaf of the last input.
 
     Args:
@@ -45,7 +62,7 @@ class LeafPrior:
 
     def nodes(self, given: str = "root") -> dict[str, float]:
         """Probability of each node for an input of which it is known that it passes ``given``."""
-        return _by_node(self._leaves(given))
+        return by_node(self._leaves(given))
 
     def following(self, given: str) -> dict[str, float]:
         """The same for the input after one that passes ``given``."""
@@ -55,7 +72,7 @@ class LeafPrior:
             total = sum(row.values())
             for other, weight in row.items():
                 after[other] += probability * weight / total
-        return _by_node(after)
+        return by_node(after)
 
     def _leaves(self, given: str) -> dict[str, float]:
         """Probability of each leaf below ``given``."""
@@ -65,7 +82,7 @@ class LeafPrior:
         return {leaf: weight / total for leaf, weight in below.items()}
 
 
-def _by_node(leaves: Mapping[str, float]) -> dict[str, float]:
+def by_node(leaves: Mapping[str, float]) -> dict[str, float]:
     """Probability of each node from those of the leaves."""
     probability: dict[str, float] = {}
     for leaf, weight in leaves.items():

@@ -18,12 +18,15 @@ from sigmabranch.deploy.engines import Engine, find_engine
 from sigmabranch.deploy.loader import Loader
 from sigmabranch.deploy.package import Package, child
 from sigmabranch.deploy.planner import Planner
-from sigmabranch.deploy.prior import LeafPrior
+from sigmabranch.deploy.prior import LeafPrior, Prior
 from sigmabranch.deploy.program import Program
 from sigmabranch.deploy.residency import Residency
 from sigmabranch.deploy.segment import Segment
 from sigmabranch.deploy.storage import NodeFile, Throttle
+from sigmabranch.deploy.stream import STICKINESS, StreamFilter
+from sigmabranch.deploy.stream_leaves import StreamLeaves
 from sigmabranch.deploy.trace import Trace, milliseconds
+from sigmabranch.errors import ConfigError
 from sigmabranch.sizes import byte_count
 
 
@@ -39,6 +42,23 @@ class Prediction(NamedTuple):
     logits: Tensor
     leaf: str
     trace: Trace
+
+
+class StreamPrediction(Prediction):
+    """What the network says about one input in the light of those of the stream before it.
+
+    Attributes:
+        logits: (V,) float32 whose softmax is the filtered answer.
+        raw_logits: (V,) float32, what it says of the input alone.
+    """
+
+    raw_logits: Tensor
+
+    def __new__(cls, logits: Tensor, leaf: str, trace: Trace, raw_logits: Tensor) -> Self:
+        """A prediction of three fields, and beside them the raw logits."""
+        made = super().__new__(cls, logits, leaf, trace)
+        made.raw_logits = raw_logits
+        return made
 
 
 class Runtime(Closing):
@@ -60,6 +80,8 @@ class Runtime(Closing):
         prefetch: bool = True,
         direct: bool = True,
         bytes_per_second: int | str | None = None,
+        stream: bool = False,
+        stickiness: float = STICKINESS,
     ) -> Self:
         """Open a package.
 
@@ -75,16 +97,21 @@ class Runtime(Closing):
                 router then does not choose is read in vain.
             direct: read around the page cache where the file system can.
             bytes_per_second: read no faster than this, such as ``"100MB"``.
+            stream: inputs come from one stream, in order: what those before showed changes answers
+                and what is read ahead (:mod:`~sigmabranch.deploy.stream`). The groups of classes
+                are those of the package's ``class_share``, or each class is one.
+            stickiness: probability that the next input is of the same group, in [0, 1).
 
         Raises:
             CheckpointError: no package, or a damaged one.
             ConfigError: a budget too small to run at all (the message names the least), an
-                unknown engine, or one that cannot work here.
+                unknown engine, or one that cannot work here, or a stickiness outside [0, 1).
         """
         rate = None if bytes_per_second is None else float(byte_count(bytes_per_second))
         package = Package(folder)
+        filtering = StreamFilter.of(package, stickiness) if stream else None
         made = find_engine(engine)(package.skeleton(skeleton))
-        return cls(package, made, budget, prefetch, direct, Throttle(rate))
+        return cls(package, made, budget, prefetch, direct, Throttle(rate), filtering)
 
     def __init__(
         self,
@@ -94,6 +121,7 @@ class Runtime(Closing):
         prefetch: bool,
         direct: bool,
         throttle: Throttle,
+        stream: StreamFilter | None,
     ) -> None:
         self.package = package
         self._engine = engine
@@ -102,7 +130,10 @@ class Runtime(Closing):
         everything = sum(segment.bytes for segment in segments)
         self.budget = everything if budget is None else byte_count(budget)
         self._residency = Residency(segments, self.budget)
-        prior = LeafPrior(package.leaves, package.usage)
+        self._stream = stream
+        prior: Prior = LeafPrior(package.leaves, package.usage)
+        if stream is not None and package.class_share and len(package.leaves) > 1:
+            prior = StreamLeaves(package.leaves, stream)
         self._planner = Planner(self._program, prior, self._residency, prefetch=prefetch)
         self._lock = threading.Lock()
         with ExitStack() as closing:
@@ -123,16 +154,21 @@ class Runtime(Closing):
         return self.predict(x).logits[None]
 
     def predict(self, x: Tensor) -> Prediction:
-        """Run one input.
+        """Run one input; with ``stream=True`` those of a stream in its order.
 
         Args:
             x: float32 of the package's input shape, with or without a batch axis of one.
+
+        Returns:
+            With ``stream=True`` a :class:`StreamPrediction`.
 
         Raises:
             DataError: an input of another shape or dtype, or with NaN or infinity.
             StorageError: weights could not be read, or are not those that were packed. The runtime
                 remains usable: the next input tries again.
             NumericError: NaN or infinite logits.
+
+        What raises leaves the belief about a stream as it was.
         """
         x = checked_input(x, self.package.input_shape)
         with self._lock:
@@ -140,13 +176,29 @@ class Runtime(Closing):
             self._residency.read()
             trace = Trace()
             try:
-                logits = self._walk(x, trace)
+                logits = raw = self._walk(x, trace)
+                if self._stream is not None:
+                    logits = self._stream.update(checked_logits(raw))
             finally:
                 self._planner.bytes_per_second = self._loader.bytes_per_second
                 self._planner.ended(trace.leaf or None)
             trace.total_ms = 1e3 * (time.perf_counter() - began)
             self._account(trace)
+        if self._stream is not None:
+            return StreamPrediction(logits, trace.leaf, trace, raw)
         return Prediction(checked_logits(logits), trace.leaf, trace)
+
+    def reset(self) -> None:
+        """Forget what a stream has shown, as at a cut; weights in memory stay.
+
+        Raises:
+            ConfigError: the package was not opened with ``stream=True``.
+        """
+        if self._stream is None:
+            raise ConfigError("there is no stream to reset: open the package with stream=True")
+        with self._lock:
+            self._stream.reset()
+            self._planner.ended(None)
 
     @property
     def peak_bytes(self) -> int:
