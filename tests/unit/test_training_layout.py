@@ -2,47 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
 
-from shell import ENVIRONMENT
 from sigmabranch.training import DenseObjective, FabricEngine
 from sigmabranch.training.learner import Learner
 from sigmabranch.training.recipe import Recipe
-
-# Runs as a process of its own, because what it guards against ends the process.
-PROGRAM = """
-import sys
-import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-from sigmabranch.training import DenseObjective, FabricEngine, LoaderBatches, Recipe, fit
-torch.manual_seed(0)
-torch.set_num_threads(1)
-net = nn.Sequential(nn.Conv2d(4, 16, 1, stride=2), nn.Flatten(), nn.Linear(16 * 4 * 4, 4))
-samples = TensorDataset(torch.randn(64, 4, 8, 8), torch.arange(64) % 4)
-batches = LoaderBatches(DataLoader(samples, 8), seed=0)
-recipe = Recipe(epochs=25, warmup_epochs=1)
-fit(net, DenseObjective(recipe), batches, recipe, folder=sys.argv[1], engine=FabricEngine("cpu"))
-print("trained")
-"""
-
-
-def test_a_narrow_strided_convolution_trains(tmp_path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, tmp_path],
-        env={**ENVIRONMENT, "MALLOC_CHECK_": "3"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip().endswith("trained")
 
 
 @pytest.mark.parametrize(

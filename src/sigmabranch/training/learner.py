@@ -33,7 +33,8 @@ _UNCHANGED = (
     "checkpoint"
 )
 
-_SAFE_INPUTS = 8  # input channels from which no overrun was found
+# Input channels from which no overrun was found: see :func:`_memory_format`.
+_SAFE_INPUTS = 8
 
 
 class Learner:
@@ -310,7 +311,8 @@ class _Entry(nn.Module):
 def _memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
     """The layout of images in which ``model`` trains fastest, or else safely."""
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    # On CPUs, PyTorch 2.13's gradient of these weights in channels-last order writes past its end.
+    # PyTorch 2.13 on CPUs corrupts memory where it trains some small convolutions channels last:
+    # the process dies later, somewhere else. Networks that hold one keep the order that is safe.
     unsafe = device.type == "cpu" and any(
         conv.kernel_size == (1, 1) and conv.stride != (1, 1) and conv.in_channels < _SAFE_INPUTS
         for conv in convolutions
