@@ -15,13 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sigmabranch import files
 from sigmabranch.conversion import Budget
 from sigmabranch.errors import CheckpointError, ConfigError
 from sigmabranch.measure import evaluate
 from sigmabranch.search.bench import Bench
+from sigmabranch.search.hold import hold
 from sigmabranch.search.outcome import RULE, Trial, best_of, command, pareto, settings_of
 from sigmabranch.search.space import Choice, Knob, Space
 from sigmabranch.search.trees import INFEASIBLE, Trees
@@ -29,6 +30,9 @@ from sigmabranch.tasks import count_net, ordered
 from sigmabranch.tasks.provenance import provenance
 from sigmabranch.tasks.task import first_difference
 from sigmabranch.training import launched
+
+if TYPE_CHECKING:
+    from sigmabranch.search.study import Study
 
 SCHEMA = 1
 # What a trial keeps of its cost and of its evaluation.
@@ -74,24 +78,29 @@ class Search:
             # What cannot work is refused before the first file is written.
             _ = self.limit, self.bench.held, self.bench.seen
             knobs = self.space.knobs(self.trees.cuts())
-            self._check_folder(knobs)
-            _ = self.bench.reference
-            study = Study(self.bench.folder / "study.log", knobs, self.bench.seed)
-            self.bench.go_on()
-            while (asked := study.next(trials)) is not None:
-                number, choice = asked
-                trial = self._trial(number, choice, self._known(study.finished()))
-                study.tell(number, trial if trial["state"] == "complete" else None)
-                shutil.rmtree(self._place(number) / "work", ignore_errors=True)
-                self.result(self._known(study.finished()))
-                self.bench.go_on()
-            result = self.result(self._known(study.finished()))
+            with hold(self.bench.folder):
+                self._check_folder(knobs)
+                _ = self.bench.reference
+                study = Study(self.bench.folder / "study.log", knobs, self.bench.seed)
+                result = self._finished(study, trials)
         if not result["pareto"]:
             raise ConfigError(
                 f"none of {len(result['trials'])} trees is possible: "
                 f"{result['trials'][-1]['reason']}; widen the --space in another --out"
             )
         return result
+
+    def _finished(self, study: Study, trials: int) -> dict[str, Any]:
+        """The result once there are so many trials."""
+        self.bench.go_on()
+        while (asked := study.next(trials)) is not None:
+            number, choice = asked
+            trial = self._trial(number, choice, self._known(study.finished()))
+            study.tell(number, trial if trial["state"] == "complete" else None)
+            shutil.rmtree(self._place(number) / "work", ignore_errors=True)
+            self.result(self._known(study.finished()))
+            self.bench.go_on()
+        return self.result(self._known(study.finished()))
 
     @cached_property
     def trees(self) -> Trees:

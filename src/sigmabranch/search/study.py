@@ -7,21 +7,20 @@ interrupted.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sigmabranch import files
 from sigmabranch.data import derive_seed
 from sigmabranch.errors import CheckpointError, MissingDependency
+from sigmabranch.search.journal import Journal
 from sigmabranch.search.space import Choice, Knob
 
 try:
     import optuna
     from optuna.distributions import CategoricalDistribution, IntDistribution
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+    from optuna.storages.journal import BaseJournalBackend
     from optuna.trial import TrialState
 except ImportError as _error:
     raise MissingDependency("optuna", "search", "Searching trees") from _error
@@ -46,11 +45,11 @@ class Study:
         self._seed = seed
         self._distributions = {name: _distribution(knob) for name, knob in knobs.items()}
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        _check(path)
+        journal = _Backend(path)
         try:
             self._study = optuna.create_study(
                 study_name="search",
-                storage=JournalStorage(JournalFileBackend(str(path))),
+                storage=JournalStorage(journal),
                 directions=["maximize", "minimize", "minimize"],
                 load_if_exists=True,
             )
@@ -102,24 +101,8 @@ def _distribution(knob: Knob) -> Any:
     return CategoricalDistribution(knob)
 
 
-def _check(path: Path) -> None:
-    """Refuse a damaged journal; drop a last line that a crash cut short.
-
-    Optuna would append to such a line, and passes over a last line that it cannot read.
-    """
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            json.loads(line)
-        except ValueError:
-            raise _damaged(path, f"line {number} is no JSON") from None
-    if whole != content:
-        with files.atomic_write(path) as temporary:
-            temporary.write_bytes(whole)
+class _Backend(Journal, BaseJournalBackend):  # type: ignore[misc]
+    """A journal of ours, as Optuna wants one."""
 
 
 def _damaged(path: Path, reason: str) -> CheckpointError:
