@@ -1,18 +1,16 @@
 """A network on disk: a folder with a manifest, one safetensors file and JSON beside it.
 
-The manifest names every file with its size and SHA-256 and is written last, so a folder whose
-manifest checks out is complete. It carries its own hash, and so do those of packages and of ONNX
-nodes; folders written before that have none and are read all the same. No pickle is ever written
-or read.
+The manifest names every file with its size and SHA-256; replacing it makes them the network, so a
+folder whose manifest checks out is complete. It holds its own hash; folders written before that are
+read all the same. No pickle is ever written or read.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import safetensors
 import safetensors.torch
@@ -21,11 +19,12 @@ from torch import Tensor, nn
 
 from sigmabranch import files
 from sigmabranch.errors import CheckpointError
+from sigmabranch.marks import MANIFEST
+from sigmabranch.seals import has_seal, json_bytes, sealed, unsealed
 
 FORMAT, SCHEMA = "sigmabranch", 1
-MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
-# The entry of a manifest that holds its own hash.
-_SEAL = "sha256"
+WEIGHTS = "weights.safetensors"
+_COPY = "copy it again"
 
 Kind = TypeVar("Kind")
 
@@ -36,7 +35,7 @@ def write_archive(
     described: Mapping[str, Any],
     documents: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a network's tensors and description, each file atomically and the manifest last.
+    """Write a network's tensors and description; a crash leaves those that were there, or these.
 
     Args:
         folder: created if absent.
@@ -48,25 +47,21 @@ def write_archive(
         CheckpointError: the folder cannot be written, or holds something else.
     """
     folder = Path(folder)
-    check_free(folder, FORMAT, described.get("kind"))
+    check_free(folder, format=FORMAT, schema=SCHEMA, kind=described.get("kind"))
     # Copies: tensors that share memory could not be stored.
     tensors = {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in state.items()
     }
     contents = {WEIGHTS: safetensors.torch.save(tensors)}
-    contents |= {name: files.json_bytes(content) for name, content in (documents or {}).items()}
+    contents |= {name: json_bytes(content) for name, content in (documents or {}).items()}
     listed = {
         name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for name, content in contents.items()
     }
     header = {"format": FORMAT, "schema": SCHEMA}
-    contents[MANIFEST] = files.json_bytes(sealed({**header, **described, "files": listed}))
-    with ExitStack() as stack:
-        # Files are replaced in the reverse of this order, once all of them are written.
-        for name in reversed(contents):
-            temporary = stack.enter_context(files.atomic_write(folder / name))
-            temporary.write_bytes(contents[name])
+    manifest = json_bytes(sealed({**header, **described, "files": listed}))
+    files.write_together(folder, {**contents, MANIFEST: manifest})
 
 
 def read_manifest(folder: Path | str, kind: str | None = None) -> dict[str, Any]:
@@ -97,16 +92,6 @@ def read_manifest(folder: Path | str, kind: str | None = None) -> dict[str, Any]
     return manifest
 
 
-def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest with the hash of everything else in it, in place of one that it may have had.
-
-    Raises:
-        ValueError: NaN or infinity, which JSON cannot hold.
-    """
-    rest = {name: value for name, value in manifest.items() if name != _SEAL}
-    return {**rest, _SEAL: hashlib.sha256(files.json_bytes(rest)).hexdigest()}
-
-
 def read_sealed(
     folder: Path, *, format: str, schema: int, stranger: str, always: bool = False
 ) -> dict[str, Any]:
@@ -122,39 +107,27 @@ def read_sealed(
         CheckpointError: no manifest, a damaged one, or another format or schema.
     """
     path = folder / MANIFEST
-    manifest = files.read_json(path)
+    manifest = files.parse_json(path, _COPY)
     if not isinstance(manifest, dict) or manifest.get("format") != format:
         raise CheckpointError(stranger)
     check_schema(manifest, folder, schema)
-    found = manifest.pop(_SEAL, None)
-    try:
-        expected = sealed(manifest)[_SEAL]
-    except (ValueError, RecursionError) as error:  # which Python reads, but nobody writes
-        raise CheckpointError(
-            f"{path} is damaged: it holds NaN or infinity, or is nested too deep; copy it again"
-        ) from error
-    if found != expected and (always or found is not None):
-        raise CheckpointError(f"{path} is damaged: its SHA-256 differs; copy it again")
-    return manifest
+    if always and not has_seal(manifest):
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is missing; {_COPY}")
+    return cast("dict[str, Any]", unsealed(manifest, path, _COPY))
 
 
-def check_free(folder: Path | str, format: str, kind: str | None = None) -> None:
-    """Refuse a folder whose manifest would be lost: one of another format or kind.
-
-    One that cannot be read may be replaced.
+def check_free(folder: Path | str, *, format: str, schema: int, kind: str | None = None) -> None:
+    """Refuse a folder whose manifest would be lost: one of another format, schema or kind.
 
     Raises:
-        CheckpointError: there is such a manifest.
+        CheckpointError: there is such a manifest, or one that cannot be read.
     """
     path = Path(folder) / MANIFEST
-    try:
-        found = files.read_json(path) if path.is_file() else None
-    except CheckpointError:
+    files.check_free(path)
+    if not path.exists():
         return
-    if found is None:
-        return
-    held = (found.get("format"), found.get("kind")) if isinstance(found, dict) else None
-    if held != (format, kind):
+    found = files.parse_json(path)
+    if [found.get(name) for name in ("format", "schema", "kind")] != [format, schema, kind]:
         raise CheckpointError(
             f"{folder} holds something else, whose {MANIFEST} would be lost: choose another folder"
         )
@@ -186,7 +159,8 @@ def check_file(folder: Path, name: str, expected: Any, *, read: bool = True) -> 
     Args:
         folder: of the manifest.
         name: of the file, in the folder itself.
-        expected: what the manifest says of it, which must be its ``bytes`` and ``sha256``.
+        expected: what the manifest says of it, which must be its ``bytes`` and ``sha256``; one that
+            waits for its name gets it.
         read: compare the content, not only the length.
 
     Raises:
@@ -200,6 +174,8 @@ def check_file(folder: Path, name: str, expected: Any, *, read: bool = True) -> 
         )
     if Path(name).name != name:
         raise CheckpointError(f"{folder / MANIFEST} names {name!r} outside its own folder")
+    with files.writing(path):
+        files.settle(path, expected["sha256"])
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: copy the whole folder again")
     size = path.stat().st_size
@@ -207,8 +183,15 @@ def check_file(folder: Path, name: str, expected: Any, *, read: bool = True) -> 
         raise CheckpointError(
             f"{path} is damaged: {size} bytes instead of {expected['bytes']}; copy it again"
         )
-    if read and files.sha256(path) != expected["sha256"]:
+    if read and _digest(path) != expected["sha256"]:
         raise CheckpointError(f"{path} is damaged: its SHA-256 differs; copy it again")
+
+
+def _digest(path: Path) -> str:
+    try:
+        return files.sha256(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
 
 def fill(model: nn.Module, folder: Path | str) -> None:
@@ -220,7 +203,7 @@ def fill(model: nn.Module, folder: Path | str) -> None:
     path = Path(folder) / WEIGHTS
     try:
         model.load_state_dict(safetensors.torch.load_file(path), assign=True)
-    except (safetensors.SafetensorError, RuntimeError) as error:
+    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path} does not fit its manifest: {reason}") from error
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

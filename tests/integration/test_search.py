@@ -15,6 +15,7 @@ import torch
 
 from conftest import TINY
 from sigmabranch.errors import CheckpointError, ConfigError, ConversionError
+from sigmabranch.files import read_json
 from sigmabranch.report import search_table
 from sigmabranch.saving import save_dense
 from sigmabranch.search import Bench, Search, Space, best_of, holdout, pareto
@@ -88,7 +89,7 @@ def test_three_trials_are_made_and_the_next_call_adds_two(made):
     folder, three, five = made
     assert [trial["number"] for trial in five["trials"]] == [0, 1, 2, 3, 4]
     assert five["trials"][:3] == three["trials"]
-    assert json.loads((folder / "out" / "search.json").read_text()) == five
+    assert read_json(folder / "out" / "search.json") == five
     for trial in five["trials"]:
         assert trial["state"] == "complete"
         assert 0 <= trial["top1"] <= 100

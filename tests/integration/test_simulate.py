@@ -40,6 +40,7 @@ def test_a_path_beats_dense_where_storage_is_slow(shell, packages, tmp_path):
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         *("simulation.json", "latency.png", "latency.svg", "stream.png", "stream.svg"),
+        ".sigmabranch",
     }
 
 

@@ -359,10 +359,20 @@ def test_packing_never_replaces_a_saved_network(net, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_damaged_package_is_packed_anew(net, folder):
-    (folder / "manifest.json").write_text("{")
-    pack(net, folder, EXAMPLE)
-    Package(folder).verify()
+@pytest.mark.parametrize(
+    "text", ["{", '{"format": "sigmabranch-package", "schema": 9}', '{"name": "a web page"}']
+)
+def test_packing_replaces_no_manifest_that_it_cannot_read(net, folder, text):
+    (folder / "manifest.json").write_text(text)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "would be lost" in refused(pack, net, folder, EXAMPLE)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_packing_replaces_no_file_that_no_package_has(net, tmp_path):
+    (tmp_path / "root.safetensors").write_text("mine")
+    assert "root.safetensors is damaged, or was not" in refused(pack, net, tmp_path, EXAMPLE)
+    assert [path.name for path in tmp_path.iterdir()] == ["root.safetensors"]
 
 
 def test_operations_are_those_of_one_input_whatever_the_example(net, packed, tmp_path):

@@ -260,9 +260,17 @@ def test_a_flipped_bit_of_the_manifest_is_found(folder):
 
 def test_a_network_saved_before_manifests_had_a_hash_loads(net, folder):
     manifest = json.loads((folder / MANIFEST).read_text())
-    del manifest["sha256"]
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    earlier = {n: part for n, part in manifest.items() if n not in ("written_by", "sha256")}
+    (folder / MANIFEST).write_text(json.dumps(earlier))
     assert same(net, sb.load(folder))
+
+
+@pytest.mark.parametrize("gone", ["written_by", "sha256"])
+def test_a_hash_cannot_get_lost(folder, gone):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest[gone]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert f"{MANIFEST} is damaged: its SHA-256 differs" in refused(sb.load, folder)
 
 
 @pytest.mark.parametrize("name", [MANIFEST, "record.json"])
@@ -348,11 +356,11 @@ def test_a_full_disk_leaves_no_part_of_a_network(net, tmp_path):
 
 
 @pytest.mark.usefixtures("full_disk")
-def test_a_full_disk_leaves_the_network_that_was_there(net, tmp_path):
-    (tmp_path / WEIGHTS).write_text("old")
+def test_a_full_disk_leaves_what_was_there(net, tmp_path):
+    (tmp_path / "other").write_text("old")
     refused(net.save, tmp_path)
-    assert (tmp_path / WEIGHTS).read_text() == "old"
-    assert os.listdir(tmp_path) == [WEIGHTS]
+    assert (tmp_path / "other").read_text() == "old"
+    assert os.listdir(tmp_path) == ["other"]
 
 
 def test_what_json_cannot_hold_is_refused_before_anything_is_written(net, tmp_path):

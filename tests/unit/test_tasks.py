@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 
+from sigmabranch import files
 from sigmabranch.backbones import ResNet
 from sigmabranch.errors import CheckpointError, ConfigError, ConversionError, DataError
 from sigmabranch.saving import save_dense
@@ -158,9 +159,27 @@ def test_a_start_is_copied_without_its_training(task, untrained, tmp_path):
 
 def test_a_copy_that_was_cut_short_is_made_again(task, untrained, tmp_path):
     Chain(task, tmp_path / "out", start={"dense": untrained})
-    (tmp_path / "out" / "dense" / "manifest.json").unlink()
-    (tmp_path / "out" / "dense" / "weights.safetensors").write_text("half")
+    folder = tmp_path / "out" / "dense"
+    (folder / "manifest.json").unlink()
+    digest = files.sha256(folder / "weights.safetensors")
+    (folder / "weights.safetensors").rename(folder / f".weights.safetensors.{digest[:16]}.pending")
     Chain(task, tmp_path / "out", start={"dense": untrained}).dense()
+    assert written(folder) == ["manifest.json", "weights.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["task.json", "result.json", "dense/weights.safetensors", "dense/state.json",
+     "dense/metrics.csv", "converted/record.json", "branched/manifest.json"],
+)  # fmt: skip
+def test_files_of_others_stay_and_are_refused_before_any_work(task, tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('{"mine": 1}')
+    with pytest.raises(CheckpointError, match="choose another"):
+        Chain(task, tmp_path)
+    assert path.read_text() == '{"mine": 1}'
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
 
 
 def test_a_start_of_another_kind_task_or_content_is_refused(task, untrained, tmp_path):

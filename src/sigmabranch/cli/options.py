@@ -8,6 +8,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+from sigmabranch.marks import check_free
 from sigmabranch.tasks import TASKS
 
 # Numbers derived from it must fit torch's generators.
@@ -28,8 +29,22 @@ OutBeside: TypeAlias = Annotated[
         help="Folder for everything this command writes.", show_default="beside the input"
     ),
 ]
+
+
+def _free(path: Path | None) -> Path | None:
+    """Refuse a file that is not ours before any work, not after it."""
+    if path is not None:
+        check_free(path)
+    return path
+
+
 OutFile: TypeAlias = Annotated[
-    Path | None, typer.Option(help="Also write the result's JSON here.", show_default=False)
+    Path | None,
+    typer.Option(
+        help="Also write the result's JSON here; an earlier result is written over.",
+        callback=_free,
+        show_default=False,
+    ),
 ]
 Budget: TypeAlias = Annotated[
     str | None,

@@ -79,8 +79,8 @@ def command(
         result["latency"] += _latencies(name, package, storages, seconds)
         result["stream"] += _streams(name, package, list(opened.values()), persistence)
     if out is not None:
-        files.write_json(out / "simulation.json", result)
         report.write_simulation(result, out)
+        files.write_json(out / "simulation.json", result)
     print_result(result, report.simulation_table(result).to_text(), as_json)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from sigmabranch.archive import (
     check_free,
     checked_entry,
     read_sealed,
-    sealed,
 )
 from sigmabranch.backbones import Backbone, as_backbone
 from sigmabranch.deploy.blocks import Block, Node, folded_nodes, folded_skeleton, node_parts
@@ -35,6 +34,7 @@ from sigmabranch.errors import CheckpointError, ConfigError, ConversionError, Si
 from sigmabranch.fields import from_fields
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.saving import dense_skeleton, net_skeleton
+from sigmabranch.seals import json_bytes, sealed
 from sigmabranch.tree import TreeSpec, node_key
 
 FORMAT, SCHEMA = "sigmabranch-package", 1
@@ -108,7 +108,7 @@ def pack(
 
     Args:
         model: a branched network, or a dense one of a known family, to be streamed as one node.
-        folder: receives the package; each file is replaced atomically, the manifest last.
+        folder: receives the package; a crash leaves the one that was there, or this.
         example: (N, ...) float32 inputs, of which the first counts; its shape is kept, and the
             folded network is checked on it.
         usage: leaf → share of the inputs that take it (from an evaluation), a first guess at what
@@ -128,7 +128,7 @@ def pack(
             changes, or modules whose stored names would be the same.
         CheckpointError: the folder cannot be written, or holds something else.
     """
-    check_free(folder, FORMAT)
+    check_free(folder, format=FORMAT, schema=SCHEMA)
     example = example[:1]
     if not isinstance(model, SigmaBranchNet):
         model = as_backbone(model, example)
@@ -165,10 +165,8 @@ def pack(
     }
     if share:
         manifest["class_share"] = share
-    contents[MANIFEST] = files.json_bytes(sealed(manifest))
-    with ExitStack() as stack:
-        for name in reversed(contents):  # replaced in the reverse of this order
-            stack.enter_context(files.atomic_write(Path(folder) / name)).write_bytes(contents[name])
+    contents[MANIFEST] = json_bytes(sealed(manifest))
+    files.write_together(Path(folder), contents)
     return Package(Path(folder))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sigmabranch import files
-from sigmabranch.archive import MANIFEST, sealed
+from sigmabranch.archive import MANIFEST
 from sigmabranch.deploy.export.staging import listing, staged
 from sigmabranch.deploy.onnx_path import OnnxPath, read_nodes
 from sigmabranch.errors import ConfigError
@@ -82,7 +82,7 @@ def mix_nodes(
             for name in _files(manifests[count], key):
                 shutil.copyfile(Path(folders[count]) / name, stage / name)
         manifest = {**manifests[max(folders)], "bits": dict(bits), "files": listing(stage)}
-        files.write_json(stage / MANIFEST, sealed(manifest))
+        files.write_json(stage / MANIFEST, manifest)
     return manifest
 
 

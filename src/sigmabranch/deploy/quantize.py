@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sigmabranch import files
-from sigmabranch.archive import MANIFEST, sealed
+from sigmabranch.archive import MANIFEST
 from sigmabranch.deploy.export.onnx_graph import save
 from sigmabranch.deploy.export.staging import listing, staged
 from sigmabranch.deploy.onnx_path import Array, OnnxPath
@@ -78,7 +78,7 @@ def quantize_nodes(
             "calibrated": {key: len(inputs) for key, inputs in arrived.items()},
             "files": listing(stage),
         }
-        files.write_json(stage / MANIFEST, sealed(manifest))
+        files.write_json(stage / MANIFEST, manifest)
     return manifest
 
 

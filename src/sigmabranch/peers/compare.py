@@ -94,7 +94,8 @@ class Comparison:
         return self.result(source)
 
     def _check_folder(self) -> None:
-        """Refuse a folder that holds a row with other settings, before any work."""
+        """Refuse a folder of something else, or with a row of other settings, before any work."""
+        files.check_free(self.folder / "comparison.json")
         for seed in self.seeds:
             for name, system in self.rows.items():
                 read_row(self.folder / f"seed{seed}", name, system)
@@ -268,6 +269,8 @@ def read_row(folder: Path, name: str, system: System) -> dict[str, Any] | None:
     if not path.exists():
         return None
     row = files.read_json(path)
+    if not (isinstance(row, dict) and isinstance(row.get("system"), dict)):
+        raise CheckpointError(f"{path} is no row of a comparison: remove it")
     if not system.made(row["system"]):
         raise CheckpointError(
             f"{path.parent} holds {name} with other settings: choose another --out or remove it"

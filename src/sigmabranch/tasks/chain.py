@@ -25,16 +25,17 @@ import torch
 from torch import Tensor, nn
 
 from sigmabranch import files
-from sigmabranch.archive import read_manifest
+from sigmabranch.archive import MANIFEST, WEIGHTS, read_manifest
 from sigmabranch.conversion import convert
 from sigmabranch.data import ConditionSplit, Dataset, EpochBatches, Split, derive_seed, open_data
 from sigmabranch.errors import CheckpointError, ConfigError, DataError, MissingDependency
 from sigmabranch.measure import evaluate, evaluate_dense
-from sigmabranch.net import SigmaBranchNet
+from sigmabranch.net import RECORD, SigmaBranchNet
 from sigmabranch.saving import load_dense, load_net, save_dense
 from sigmabranch.tasks.counting import count_net, sketch
 from sigmabranch.tasks.provenance import provenance
 from sigmabranch.tasks.task import Task, completed, first_difference
+from sigmabranch.temporaries import temporary_folder
 from sigmabranch.training import (
     DenseObjective,
     Event,
@@ -123,7 +124,8 @@ class Chain:
             sketch(task)
         if not (self.folder / "measured.json").exists():
             _ = self.dataset
-        self.once(lambda: files.write_json(self.folder / "task.json", self._notes()))
+        self._check_free()
+        self.once(self._note)
         if sum(self.engine.totals([not (self.folder / "task.json").exists()])):
             raise ConfigError(f"{self.folder} is not the same folder on all hosts: share it")
         for step, source in start.items():
@@ -166,6 +168,21 @@ class Chain:
                 "choose another --out or remove it"
             )
 
+    def _check_free(self) -> None:
+        """Refuse a folder in which files would be lost that are not ours."""
+        for name in ("task.json", "measured.json", "result.json"):
+            files.check_free(self.folder / name)
+        for folder in (self.folder / step for step in ("dense", "converted", "branched")):
+            names = (WEIGHTS, RECORD, "state.json", "metrics.csv", "history.json")
+            for name in (MANIFEST,) if _complete(folder) else names:
+                files.check_free(folder / name)
+
+    def _note(self) -> None:
+        """Write down whose folder this is, once."""
+        path = self.folder / "task.json"
+        if not path.exists():
+            files.write_json(path, self._notes())
+
     def _check_start(self, step: str, source: Path) -> None:
         """Refuse a network of another kind or task, or beside one that is already there."""
         manifest = read_manifest(source, "dense" if step == "dense" else "branched")
@@ -187,10 +204,13 @@ class Chain:
         folder = self.folder / step
         if _complete(folder):
             return
-        for name in (*read_manifest(source)["files"], "history.json", "manifest.json"):
-            if (source / name).exists():
-                with files.atomic_write(folder / name) as temporary:
-                    shutil.copyfile(source / name, temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if history := _history(source):
+            files.write_json(folder / "history.json", {"epochs": history})
+        with temporary_folder(folder) as copied:
+            for name in (*read_manifest(source)["files"], MANIFEST):
+                shutil.copyfile(source / name, copied / name)
+            files.write_together(folder, {path.name: path for path in copied.iterdir()})
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -295,8 +315,7 @@ class Chain:
 
     def history(self, step: str) -> list[dict[str, Any]]:
         """The epochs of one training; none if its network came from elsewhere."""
-        path = self.folder / step / "history.json"
-        return files.read_json(path) if path.exists() else []
+        return _history(self.folder / step)
 
     def accuracy(self, net: SigmaBranchNet, split: str = "test") -> dict[str, Any]:
         """All figures of one branched network; a class's best leaf is chosen on training data.
@@ -352,7 +371,7 @@ class Chain:
         )
         if not result.complete:
             raise Stopped(result.reason, folder)
-        self.once(lambda: files.write_json(folder / "history.json", result.history))
+        self.once(lambda: files.write_json(folder / "history.json", {"epochs": result.history}))
 
     def _watchers(self, folder: Path) -> Callable[[Event], None]:
         """Whoever called, and TensorBoard where it is installed."""
@@ -496,6 +515,12 @@ def _check_recipes(task: Task) -> None:
         raise ConfigError(
             "finetune.class_target needs conversion.clusters=classes: set both or neither"
         )
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "history.json"
+    found = files.read_json(path) if path.exists() else []
+    return found["epochs"] if isinstance(found, dict) else found  # a list in earlier versions
 
 
 def _complete(folder: Path) -> bool:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from sigmabranch.deploy.blocks import Node
 from sigmabranch.deploy.export.program import traced
 from sigmabranch.deploy.segment import Segment
 from sigmabranch.errors import ConfigError
+from sigmabranch.temporaries import temporary_folder
 from sigmabranch.version import __version__
 
 _CONFIG = {
@@ -142,7 +142,7 @@ def _content(constant: Any) -> list[Any]:
 def _compile(program: ExportedProgram, path: Path) -> None:
     with (
         files.atomic_write(path) as temporary,
-        tempfile.TemporaryDirectory(dir=path.parent) as folder,
+        temporary_folder(path.parent) as folder,
         torch.no_grad(),
     ):
         made = torch._inductor.aoti_compile_and_package(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sigmabranch import files
-from sigmabranch.archive import MANIFEST, sealed
+from sigmabranch.archive import MANIFEST
 from sigmabranch.deploy.export.check import LeafCheck, Written, check_leaves
 from sigmabranch.deploy.export.staging import listing, staged
 from sigmabranch.errors import ConfigError, DataError, MissingDependency
@@ -98,9 +98,12 @@ def export_net(
     with torch.no_grad(), staged(folder) as stage:
         written = write(copied, stage, example[:1])
         checks = check_leaves(copied, written, example)
-        if notes and (manifest := stage / MANIFEST).exists():
-            described = {**files.read_json(manifest), "notes": dict(notes)}
-            files.write_json(manifest, sealed(described))
+        manifest = stage / MANIFEST
+        if manifest.exists():
+            described = files.read_json(manifest)
+        else:
+            described = {"format": f"sigmabranch-{format}", "schema": 1, "files": listing(stage)}
+        files.write_json(manifest, described | ({"notes": dict(notes)} if notes else {}))
         listed = listing(stage)
     return Export(format=format, folder=Path(folder), files=listed, checks=checks)
 

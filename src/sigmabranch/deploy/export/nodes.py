@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sigmabranch import files
-from sigmabranch.archive import MANIFEST, sealed
+from sigmabranch.archive import MANIFEST
 from sigmabranch.deploy.export.check import Run
 from sigmabranch.deploy.export.staging import listing
 from sigmabranch.deploy.fold import fold, foldable
@@ -175,7 +175,7 @@ def write_manifest(
         "nodes": nodes,
         "files": listing(folder),
     }
-    files.write_json(folder / MANIFEST, sealed(manifest))
+    files.write_json(folder / MANIFEST, manifest)
 
 
 def _part(

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sigmabranch import files
 from sigmabranch.archive import MANIFEST, check_free
 from sigmabranch.errors import CheckpointError
+from sigmabranch.temporaries import temporary_folder
 
 
 @contextmanager
 def staged(folder: Path | str) -> Iterator[Path]:
-    """Yield an empty folder inside ``folder``; on success its files move up.
+    """Yield an empty folder inside ``folder``; on success its files, one a manifest, move up.
 
-    Weights move first and a manifest last. Any exception removes what was written, and ``folder``
-    if this made it.
+    Any exception removes what was written, and ``folder`` if this made it.
 
     Raises:
         CheckpointError: the folder cannot be written, the disk is full, or a manifest of something
@@ -29,9 +27,11 @@ def staged(folder: Path | str) -> Iterator[Path]:
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as name:
-            yield Path(name)
-            _publish(Path(name), folder)
+        with temporary_folder(folder) as stage:
+            yield stage
+            described = files.read_json(stage / MANIFEST)
+            check_free(folder, format=described["format"], schema=described["schema"])
+            files.write_together(folder, {path.name: path for path in stage.iterdir()})
     except OSError as error:
         reason = error.strerror or str(error)
         raise CheckpointError(
@@ -48,17 +48,3 @@ def listing(folder: Path) -> dict[str, dict[str, Any]]:
         path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
         for path in sorted(folder.iterdir())
     }
-
-
-def _publish(stage: Path, folder: Path) -> None:
-    if (stage / MANIFEST).exists():
-        check_free(folder, files.read_json(stage / MANIFEST)["format"])
-    with ExitStack() as stack:
-        # Left in the reverse of this order, each file is flushed and gets its name.
-        for path in sorted(stage.iterdir(), key=_last_first):
-            temporary = stack.enter_context(files.atomic_write(folder / path.name))
-            os.replace(path, temporary)
-
-
-def _last_first(path: Path) -> tuple[bool, bool, str]:
-    return path.name != MANIFEST, path.suffix == ".data", path.name
