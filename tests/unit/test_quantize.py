@@ -296,23 +296,6 @@ def test_a_manifest_of_nodes_that_asks_for_the_impossible_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_a_router_of_another_tree_is_refused_where_it_chooses(case, tmp_path):
-    """Two branches as a chain of one: the router's second has no node."""
-    net, x, folder, _ = case
-    shutil.copytree(folder / "fp32", tmp_path / "nodes")
-    manifest = json.loads((folder / "fp32" / "manifest.json").read_text())
-    del manifest["nodes"]["1"]
-    manifest |= {"leaves": [[0]], "routers": []}
-    (tmp_path / "nodes" / "manifest.json").write_text(json.dumps(sealed(manifest)))
-    with torch.no_grad():
-        elsewhere = x[net.hard(x).leaf == 1][:1]
-    with (
-        OnnxPath(tmp_path / "nodes") as path,
-        pytest.raises(CheckpointError, match="it has no node 1"),
-    ):
-        path.predict(elsewhere)
-
-
 def test_damaged_nodes_are_refused(case, tmp_path):
     _, x, folder, _ = case
     with pytest.raises(CheckpointError, match="holds no ONNX nodes"):
@@ -324,6 +307,11 @@ def test_damaged_nodes_are_refused(case, tmp_path):
     with pytest.raises(CheckpointError, match="is missing"):
         OnnxPath(tmp_path)
     for name in manifest["files"]:
-        (tmp_path / name).write_bytes((folder / "int8" / name).read_bytes()[:-1] + b"x")
+        damage = b"x" if name.endswith(".data") else b""
+        content = (folder / "int8" / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) - len(damage)] + damage)
     with OnnxPath(tmp_path) as path, pytest.raises(StorageError, match="is damaged"):
         path(x[:1].numpy())
+    (tmp_path / "root.onnx").write_bytes((tmp_path / "root.onnx").read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match="is damaged: its SHA-256 differs"):
+        OnnxPath(tmp_path)

@@ -20,7 +20,8 @@ from sigmabranch.archive import MANIFEST, check_file, checked_entry, read_sealed
 from sigmabranch.deploy.checks import checked_input, checked_logits
 from sigmabranch.deploy.closing import Closing
 from sigmabranch.deploy.export.nodes import DECIDE, SCHEMA
-from sigmabranch.deploy.onnx_sessions import NodeFiles, Sessions
+from sigmabranch.deploy.onnx_graphs import check_graphs
+from sigmabranch.deploy.onnx_sessions import NodeFiles, Sessions, run_session
 from sigmabranch.deploy.package import ancestry, child
 from sigmabranch.deploy.runtime import Prediction
 from sigmabranch.deploy.storage import Throttle
@@ -68,8 +69,8 @@ class OnnxPath(Closing):
         leaves: their keys, left to right.
 
     Raises:
-        CheckpointError: no such folder, a damaged manifest, or files that are missing or of another
-            length.
+        CheckpointError: no such folder, a damaged manifest, files that are missing or of another
+            length, or graphs that the export does not write.
         ConfigError: a budget less than the largest node, which the message names.
     """
 
@@ -84,6 +85,7 @@ class OnnxPath(Closing):
     ) -> None:
         self.folder = Path(folder)
         self.manifest = read_nodes(self.folder)
+        check_graphs(self.folder, self.manifest)
         self.leaves = tuple(node_key(leaf) for leaf in self.manifest["leaves"])
         self._nodes = {key: self._files(node) for key, node in self.manifest["nodes"].items()}
         rate = None if bytes_per_second is None else float(byte_count(bytes_per_second))
@@ -207,7 +209,7 @@ class OnnxPath(Closing):
         with milliseconds(entry, "wait_ms"):
             session = self._sessions.get(key)
         with milliseconds(entry, "compute_ms"):
-            found = session.run(node["outputs"], inputs)
+            found = run_session(session, self.folder / node["file"], node["outputs"], inputs)
         return NodeRun(key, inputs, dict(zip(node["outputs"], found, strict=True)))
 
     def _files(self, node: Mapping[str, Any]) -> NodeFiles:
@@ -232,6 +234,7 @@ def read_nodes(folder: Path) -> dict[str, Any]:
     if "notes" in manifest:
         checked_entry(manifest, "notes", dict, folder)
     checked_entry(manifest, "early", bool, folder)
+    checked_entry(manifest, "classes", int, folder)
     leaves = checked_entry(manifest, "leaves", list, folder)
     nodes = checked_entry(manifest, "nodes", dict, folder)
     try:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sigmabranch.deploy.storage import PAGE, NodeFile, Throttle, request_bytes
-from sigmabranch.errors import ConfigError, MissingDependency, StorageError
+from sigmabranch.errors import CheckpointError, ConfigError, MissingDependency, StorageError
 
 try:
     import onnxruntime
@@ -119,6 +120,7 @@ class Sessions:
 
         Raises:
             StorageError: its files cannot be read, or are not those that were written.
+            CheckpointError: ONNX Runtime makes no session of them.
             ConfigError: this is closed.
         """
         if key not in self._open:
@@ -213,6 +215,32 @@ class Sessions:
         options.add_external_initializers_from_files_in_memory(
             [*weights], [*weights.values()], [len(data) for data in weights.values()]
         )
-        return onnxruntime.InferenceSession(
-            bytes(contents[graph]), options, providers=["CPUExecutionProvider"]
-        )
+        try:
+            return onnxruntime.InferenceSession(
+                bytes(contents[graph]), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise _refused(self._folder / graph, error) from error
+
+
+def run_session(
+    session: onnxruntime.InferenceSession,
+    path: Path,
+    outputs: Sequence[str],
+    inputs: Mapping[str, NDArray[Any]],
+) -> list[NDArray[Any]]:
+    """What a session, made of the graph at ``path``, gives.
+
+    Raises:
+        CheckpointError: ONNX Runtime fails.
+    """
+    try:
+        return session.run(outputs, inputs)
+    except Exception as error:
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: Exception) -> CheckpointError:
+    """What ONNX Runtime raised, which has no common class, in one line."""
+    reason = " ".join(str(error).split())[:200]
+    return CheckpointError(f"ONNX Runtime cannot run {path}: {reason}; export it again")

@@ -13,7 +13,9 @@ from sigmabranch.deploy.export.check import Written
 from sigmabranch.deploy.export.nodes import Part, Walk, node_parts, write_manifest
 from sigmabranch.deploy.export.onnx_graph import as_graph, save, session
 from sigmabranch.deploy.export.program import traced
-from sigmabranch.deploy.onnx_path import FORMAT
+from sigmabranch.deploy.onnx_graphs import check_graphs
+from sigmabranch.deploy.onnx_path import FORMAT, read_nodes
+from sigmabranch.errors import CheckpointError, UnsupportedOperation
 from sigmabranch.net import SigmaBranchNet
 
 
@@ -26,6 +28,10 @@ def write(net: SigmaBranchNet, folder: Path, sample: Tensor) -> Written:
     """
     nodes = {part.key: write_part(part, folder) for part in node_parts(net, sample)}
     write_manifest(net, folder, sample, format=FORMAT, nodes=nodes)
+    try:
+        check_graphs(folder, read_nodes(folder))
+    except CheckpointError as error:  # what cannot be run must not be written
+        raise UnsupportedOperation(f"ONNX nodes cannot say this network: {error}") from error
     return Walk(net, _Sessions(folder, nodes))
 
 
