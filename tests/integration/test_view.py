@@ -9,10 +9,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sysconfig
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from sigmabranch.tasks import find_task
 from sigmabranch.tasks.counting import example, sketch
 from sigmabranch.view import Inputs, Network, Show, serve
 from sigmabranch.view.handler import MOST_BYTES
-from sigmabranch.view.server import Server
+from sigmabranch.view.server import MOST_CONNECTIONS, MOST_UPLOADS, Server
 
 pytestmark = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("sklearn", "PIL")), reason="needs the data extra"
@@ -288,6 +289,44 @@ def test_uploads_are_bounded_before_they_are_read(picture_port):
         assert ask(picture_port, "POST", "/picture", **headers).status == 411, length
     chunked = {"Transfer-Encoding": "chunked"}
     assert ask(picture_port, "POST", "/picture", b"0\r\n\r\n", **chunked).status == 411
+
+
+def test_pictures_on_their_way_are_bounded_in_number_and_time(picture_port, monkeypatch):
+    """Others get one line; the slots are free again when the slow ones have gone."""
+    head = (
+        f"POST /picture HTTP/1.0\r\nHost: 127.0.0.1:{picture_port}\r\n"
+        f"Content-Length: {MOST_BYTES}\r\n\r\n"
+    )
+    with ExitStack() as slow:
+        for _ in range(MOST_UPLOADS):
+            sender = slow.enter_context(socket.create_connection(("127.0.0.1", picture_port)))
+            sender.sendall(head.encode() + b"begun")
+        for _ in range(200):
+            answer = ask(picture_port, "POST", "/picture", encoded("PNG"))
+            if answer.status == 503:
+                break
+        assert (answer.status, list(answer.json)) == (503, ["error"])
+        assert ask(picture_port, "GET", "/show").status == 200
+    for _ in range(200):
+        answer = ask(picture_port, "POST", "/picture", encoded("PNG"))
+        if answer.status == 200:
+            break
+    assert answer.status == 200
+    monkeypatch.setattr("sigmabranch.view.handler.UPLOAD_SECONDS", 0)
+    assert ask(picture_port, "POST", "/picture", encoded("PNG")).status == 408
+
+
+def test_connections_are_bounded(picture_port):
+    with ExitStack() as held:
+        for _ in range(MOST_CONNECTIONS + 1):
+            last = socket.create_connection(("127.0.0.1", picture_port), timeout=TIMEOUT)
+            held.enter_context(last)
+        assert last.recv(1) == b""  # closed at once
+    for _ in range(200):
+        with suppress(ConnectionError, http.client.HTTPException):
+            if ask(picture_port, "GET", "/show").status == 200:
+                return
+    raise AssertionError("the connections that have gone still count")
 
 
 def test_without_data_there_are_no_samples(picture_port):

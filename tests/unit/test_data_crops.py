@@ -49,8 +49,8 @@ def test_test_images_are_scaled_by_the_short_side_then_cut_at_the_centre() -> No
     # 28 * 256/224 = 32 for the short side, 42 for the other; (42 - 28) / 2 = 7, (32 - 28) / 2 = 2.
     scaled = Image.fromarray(pixels).resize((42, 32), Image.Resampling.BILINEAR)
     usual = np.array(scaled.crop((7, 2, 35, 30)))
-    assert difference(crops.centre_crop(picture(pixels), 28), usual).max() <= 1
-    turned = crops.centre_crop(picture(np.rot90(pixels).copy()), 28)
+    assert difference(crops.centre_crop(pixels, 28), usual).max() <= 1
+    turned = crops.centre_crop(np.rot90(pixels).copy(), 28)
     assert difference(turned, np.rot90(usual)).max() <= 1
 
 
@@ -69,7 +69,7 @@ def test_training_images_are_the_box_of_their_seed_scaled_and_some_mirrored(seed
 def test_scaling_down_is_anti_aliased() -> None:
     stripes = np.zeros((120, 120, 3), dtype=np.uint8)
     stripes[:, ::2] = 255
-    crop = crops.centre_crop(picture(stripes), 16)
+    crop = crops.centre_crop(stripes, 16)
     assert crop.min() >= 120 and crop.max() <= 135
 
 
@@ -101,8 +101,7 @@ def test_a_crop_is_decoded_with_at_least_twice_its_pixels(
         assert 24 <= pixels < 48 or (decoded[-1] == 8 and pixels >= 48)
     assert {2, 4} <= set(decoded)
     crops.random_crop(source, 128, 0)
-    crops.centre_crop(source, 12)
-    assert decoded[-2:] == [1, 1]
+    assert decoded[-1] == 1
 
 
 def test_training_boxes_lie_inside_with_the_areas_and_ratios_allowed() -> None:
@@ -127,7 +126,7 @@ def test_extreme_images_have_a_box_and_crops(size: tuple[int, int]) -> None:
         thin = picture(noise(height, width), kind)
         for side in (1, 16):
             assert crops.random_crop(thin, side, 0).shape == (3, side, side)
-        assert crops.centre_crop(thin, 16).shape == (3, 16, 16)
+        assert crops.centre_crop(thin.pixels(), 16).shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize("size", [(101, 1), (2, 201)])

@@ -48,23 +48,21 @@ def random_crop(picture: Picture, size: int, seed: int) -> Tensor:
     return crop.flip(2) if rng.random() < 0.5 else crop
 
 
-def centre_crop(picture: Picture, size: int, scale: float = TEST_SCALE) -> Tensor:
+def centre_crop(pixels_HW3: np.ndarray, size: int, scale: float = TEST_SCALE) -> Tensor:
     """A test crop: the short side scaled to ``size`` * 256/224 pixels, then the central square.
 
-    The picture is decoded at its full size, as is usual where accuracies are compared.
-
     Args:
-        picture: of any shape.
+        pixels_HW3: uint8, of the picture's full size, as is usual where accuracies are compared.
         size: S.
         scale: another one than 256/224; 1 cuts nothing off the short side.
 
     Returns:
         (3, S, S) uint8.
     """
-    factor = round(size * scale) / min(picture.width, picture.height)
-    width, height = (int(side * factor + 1e-6) for side in (picture.width, picture.height))
+    factor = round(size * scale) / min(pixels_HW3.shape[:2])
+    height, width = (int(side * factor + 1e-6) for side in pixels_HW3.shape[:2])
     left, top = round((width - size) / 2), round((height - size) / 2)
-    scaled_3HW = _scaled(picture.pixels(), height, width)
+    scaled_3HW = _scaled(pixels_HW3, height, width)
     return scaled_3HW[:, top : top + size, left : left + size]
 
 

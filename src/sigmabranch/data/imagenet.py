@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as IndexedDataset
 
 from sigmabranch.data.crops import centre_crop, random_crop
-from sigmabranch.data.decode import UNREADABLE, Picture, read_picture
+from sigmabranch.data.decode import Picture, Unreadable, read_picture
 from sigmabranch.data.seeds import derive_seed
 from sigmabranch.data.split import Dataset, Normalise
 from sigmabranch.errors import DataError
@@ -192,7 +192,7 @@ class _Decoder(IndexedDataset[Decoded]):
             try:
                 picture = read_picture(os.path.join(self.root, self._name(candidate)))
                 return self._crop(picture, index), candidate, failed
-            except UNREADABLE:
+            except Unreadable:
                 failed.append(candidate)
         # So many failures make the split raise; an error raised here would lose its one line.
         size = self.image_size
@@ -200,7 +200,7 @@ class _Decoder(IndexedDataset[Decoded]):
 
     def _crop(self, picture: Picture, index: int) -> Tensor:
         if self.augment_seed is None:
-            return centre_crop(picture, self.image_size)
+            return centre_crop(picture.pixels(), self.image_size)
         return random_crop(picture, self.image_size, derive_seed(self.augment_seed, index))
 
     def _name(self, index: int) -> str:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 8_000_000  # of an uploaded picture
 SILENCE_SECONDS = 30
+UPLOAD_SECONDS = 60
 JSON = "application/json"
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -94,9 +97,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _post(self) -> tuple[str, bytes]:
         self._check_origin()
-        body = self._body()
         if self.path == "/picture":
-            return JSON, _json(self.server.show.picture(body))
+            with self._upload() as encoded:
+                return JSON, _json(self.server.show.picture(encoded))
         if self.path == "/forget":
             return JSON, _json(self.server.show.forget())
         sample = _SAMPLE.fullmatch(self.path)
@@ -114,6 +117,18 @@ class Handler(BaseHTTPRequestHandler):
         if not {*named} <= {f"http://{self.headers['Host']}"}:
             raise _Refused(HTTPStatus.FORBIDDEN, "another page asked for this")
 
+    @contextmanager
+    def _upload(self) -> Iterator[bytes]:
+        """What was sent, while few others hold as much until they are answered."""
+        if not self.server.uploads.acquire(blocking=False):
+            raise _Refused(
+                HTTPStatus.SERVICE_UNAVAILABLE, "other pictures are on their way: try again"
+            )
+        try:
+            yield self._body()
+        finally:
+            self.server.uploads.release()
+
     def _body(self) -> bytes:
         """What was sent, never more than ``MOST_BYTES``."""
         length = self.headers.get("Content-Length", "0")
@@ -124,10 +139,15 @@ class Handler(BaseHTTPRequestHandler):
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 f"this is larger than {MOST_BYTES / 1e6:.0f} MB: give a smaller picture",
             )
-        body = self.rfile.read(int(length))
-        if len(body) < int(length):
-            raise _Refused(HTTPStatus.BAD_REQUEST, "the body is shorter than announced")
-        return body
+        body, until = bytearray(), time.monotonic() + UPLOAD_SECONDS
+        while (rest := int(length) - len(body)) and time.monotonic() < until:
+            piece = self.rfile.read1(min(rest, 1 << 16))
+            if not piece:
+                raise _Refused(HTTPStatus.BAD_REQUEST, "the body is shorter than announced")
+            body += piece
+        if rest:
+            raise _Refused(HTTPStatus.REQUEST_TIMEOUT, "the body takes too long")
+        return bytes(body)
 
     def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
         self.send_response(status)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +15,6 @@ from sigmabranch.deploy import Package
 from sigmabranch.errors import ConfigError, DataError
 from sigmabranch.tasks import Task
 from sigmabranch.view.preview import preview
-
-if TYPE_CHECKING:
-    from sigmabranch.data.decode import Picture
-
-# How the picture formats that browsers show begin. Pillow knows more, some of which run programs.
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM")
-# Decoded, they take 3 bytes each in memory.
-MOST_PIXELS = 50_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,22 +76,9 @@ class Inputs:
             DataError: no picture, a damaged or a huge one, or networks that take none.
             MissingDependency: Pillow is not installed.
         """
-        from sigmabranch.data.decode import UNREADABLE, read_picture  # noqa: PLC0415 (loads Pillow)
-        from sigmabranch.data.single import picture_input  # noqa: PLC0415
+        from sigmabranch.data.single import encoded_input  # noqa: PLC0415 (loads Pillow)
 
-        webp = encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP"
-        if not (webp or encoded.startswith(_SIGNATURES)):
-            raise DataError("this is no picture: give a JPEG, PNG, WebP, GIF or BMP file")
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "upload"
-            path.write_bytes(encoded)
-            try:
-                _check_size(read_picture(str(path)))
-                x = picture_input(self.data, path, self.shape[-1])
-            except UNREADABLE as error:
-                raise DataError("the upload is damaged: its header cannot be read") from error
-            except DataError as error:
-                raise DataError(str(error).replace(str(path), "the upload")) from error
+        x = encoded_input(self.data, encoded, self.shape[-1], what="the upload")
         return Shown(x, "Your picture", None)
 
     def described(self) -> dict[str, Any]:
@@ -143,11 +121,3 @@ def open_inputs(
     if not (inputs.samples or inputs.takes_pictures):
         raise ConfigError(f"a network for {data} takes no pictures: give its data set with --data")
     return inputs
-
-
-def _check_size(header: Picture) -> None:
-    if header.width * header.height > MOST_PIXELS:
-        raise DataError(
-            f"the upload has {header.width} x {header.height} pixels: give a picture of at most "
-            f"{MOST_PIXELS // 1_000_000} million"
-        )

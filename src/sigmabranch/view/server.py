@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import webbrowser
 from http.server import ThreadingHTTPServer
 from socketserver import TCPServer
@@ -14,6 +15,8 @@ from sigmabranch.view.handler import Handler
 from sigmabranch.view.show import Show
 
 ADDRESS = "127.0.0.1"
+# Each may hold a thread, and of these so many a picture of ``MOST_BYTES``.
+MOST_CONNECTIONS, MOST_UPLOADS = 32, 4
 
 
 def serve(show: Show, port: int, *, open_browser: bool = False) -> None:
@@ -51,11 +54,14 @@ class Server(ThreadingHTTPServer):
         show: what the page shows.
         assets: path → media type and content of the page's own files.
         hosts: values of the Host header that mean this server.
+        uploads: as many as may be held at once.
     """
 
     def __init__(self, show: Show, port: int) -> None:
         super().__init__((ADDRESS, port), Handler)
         self.show, self.assets = show, assets()
+        self.uploads = threading.BoundedSemaphore(MOST_UPLOADS)
+        self._connections = threading.BoundedSemaphore(MOST_CONNECTIONS)
         names = (ADDRESS, "localhost")
         self.hosts = {f"{name}:{self.server_port}" for name in names}
         if self.server_port == 80:  # browsers leave out what HTTP has by default
@@ -65,6 +71,24 @@ class Server(ThreadingHTTPServer):
         """Without the base class's look-up of the host's name, which can take seconds."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = ADDRESS, self.socket.getsockname()[1]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for it, unless there are too many; then it is closed."""
+        if not self._connections.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread could be had
+            self._connections.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer it."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._connections.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of browsers that go away."""
