@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         plan_budget,
         propose_tree,
         rebuild,
+        single_path,
     )
     from sigmabranch.coupling import CouplingMap, SlicePlan, trace
     from sigmabranch.deploy import Package, Prediction, Runtime, StreamFilter, pack
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from sigmabranch.measure import cost as count
     from sigmabranch.measure import evaluate, evaluate_dense
     from sigmabranch.net import HardOutput, SigmaBranchNet, SoftOutput
-    from sigmabranch.saving import load_net as load
+    from sigmabranch.saving import load, save_dense
     from sigmabranch.training import FinetuneRecipe, Recipe, finetune, train
     from sigmabranch.tree import TreeSpec
 
@@ -74,6 +75,7 @@ _HOMES = {
         "plan_budget",
         "propose_tree",
         "rebuild",
+        "single_path",
     ),
     "sigmabranch.coupling": ("CouplingMap", "SlicePlan", "trace"),
     "sigmabranch.deploy": ("Package", "Prediction", "Runtime", "StreamFilter", "pack"),
@@ -82,12 +84,12 @@ _HOMES = {
     "sigmabranch.hub": ("from_hub", "model_card", "push_to_hub"),
     "sigmabranch.measure": ("evaluate", "evaluate_dense"),
     "sigmabranch.net": ("HardOutput", "SigmaBranchNet", "SoftOutput"),
+    "sigmabranch.saving": ("load", "save_dense"),
     "sigmabranch.training": ("FinetuneRecipe", "Recipe", "finetune", "train"),
     "sigmabranch.tree": ("TreeSpec",),
 }
 _PLACES = {name: (home, name) for home, names in _HOMES.items() for name in names} | {
     "count": ("sigmabranch.measure", "cost"),
-    "load": ("sigmabranch.saving", "load_net"),
 }
 
 __all__ = [
@@ -134,6 +136,8 @@ __all__ = [
     "propose_tree",
     "push_to_hub",
     "rebuild",
+    "save_dense",
+    "single_path",
     "trace",
     "train",
 ]

@@ -12,8 +12,9 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from sigmabranch.backbones import source_of
 from sigmabranch.errors import ConfigError
-from sigmabranch.net import SigmaBranchNet
+from sigmabranch.net import SigmaBranchNet, is_branched
 from sigmabranch.tree import NodeId, node_key
 
 Figures: TypeAlias = Mapping[str, Any]
@@ -35,7 +36,7 @@ _ROUTING = (
 
 
 def card_text(
-    net: SigmaBranchNet,
+    net: nn.Module,
     repo_id: str | None,
     *,
     evaluation: Figures | None,
@@ -50,38 +51,55 @@ def card_text(
     """
     _check_figures(net, evaluation, cost)
     measured, dense, counted = evaluation or {}, dense_evaluation or {}, cost or {}
+    tree = ("## Tree", _fenced("", _tree(net, measured))) if is_branched(net) else ()
     sections = (
-        f"# {repo_id or 'A branched network'}",
-        f"A [Sigma-Branch]({PAPER}) network: a shared trunk, small routers and specialised "
-        f"branches, made from a dense network{_calibrated(net.record)}. One input runs one of "
-        f"{len(net.tree.leaves)} root-to-leaf paths and reads that path's weights alone.",
+        f"# {repo_id or ('A branched network' if tree else 'A network without branches')}",
+        _summary(net),
         _table(_rows(net, measured, dense, counted)),
-        "## Tree",
-        _fenced("", _tree(net, measured)),
+        *tree,
         "## Load",
         _fenced("python", _loading(net, repo_id)),
         "## What was measured",
-        "\n".join(_measured(evaluation, dataset)),
+        "\n".join(_measured(evaluation, dataset, is_branched(net))),
         "## What was not",
         "\n".join(_missing(evaluation, dense_evaluation, cost)),
     )
     return "\n\n".join(sections) + "\n"
 
 
-def _check_figures(net: SigmaBranchNet, evaluation: Figures | None, cost: Figures | None) -> None:
-    leaves = [node_key(leaf) for leaf in net.tree.leaves]
+def _summary(net: nn.Module) -> str:
+    if not is_branched(net):
+        return (
+            f"A network without routers, dense or one path cut out of a dense one, saved by an "
+            f"implementation of [Sigma-Branch]({PAPER}). Every input runs all of it."
+        )
+    return (
+        f"A [Sigma-Branch]({PAPER}) network: a shared trunk, small routers and specialised "
+        f"branches, made from a dense network{_calibrated(net.record)}. One input runs one of "
+        f"{len(net.tree.leaves)} root-to-leaf paths and reads that path's weights alone."
+    )
+
+
+def _check_figures(net: nn.Module, evaluation: Figures | None, cost: Figures | None) -> None:
+    leaves = [node_key(leaf) for leaf in net.tree.leaves] if is_branched(net) else None
     if evaluation is not None and evaluation.get("leaves") != leaves:
         raise ConfigError(
             f"the evaluation is of a network with leaves {evaluation.get('leaves')}, this one has "
             f"{leaves}: evaluate this one"
         )
     stored = _count(net.parameters())
-    counted = None if cost is None else cost.get("net", {}).get("total_params")
+    counted = None if cost is None else _ours(cost)
     if cost is not None and counted != stored:
         raise ConfigError(
             f"the cost is of a network with {counted} parameters, this one has {stored}: count "
             "this one"
         )
+
+
+def _ours(cost: Figures) -> int:
+    """Parameters of the network that was counted; a dense one may stand alone."""
+    alone = cost.get("dense", {}).get("params")
+    return cost.get("net", {}).get("total_params", alone)
 
 
 def _calibrated(record: Figures) -> str:
@@ -94,15 +112,17 @@ def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum({id(p): p.numel() for p in parameters}.values())
 
 
-def _path_parameters(net: SigmaBranchNet) -> int:
+def _path_parameters(net: nn.Module) -> int:
     """Parameters that one input runs; where paths differ, the most."""
+    if not is_branched(net):
+        return _count(net.parameters())
     own = net.node_parameters()
     paths = ([leaf[:level] for level in range(len(leaf) + 1)] for leaf in net.tree.leaves)
     return max(_count(p for node in path for p in own[node_key(node)]) for path in paths)
 
 
 def _rows(
-    net: SigmaBranchNet, evaluation: Figures, dense_evaluation: Figures, cost: Figures
+    net: nn.Module, evaluation: Figures, dense_evaluation: Figures, cost: Figures
 ) -> Iterator[_Row]:
     dense, ours = cost.get("dense", {}), cost.get("net", {})
     params = (dense.get("params"), _path_parameters(net), _count(net.parameters()))
@@ -152,29 +172,32 @@ def _tree(net: SigmaBranchNet, evaluation: Figures) -> Iterator[str]:
     yield from below((), "")
 
 
-def _loading(net: SigmaBranchNet, repo_id: str | None) -> Iterator[str]:
+def _loading(net: nn.Module, repo_id: str | None) -> Iterator[str]:
     yield "import sigmabranch as sb  # pip install 'sigma-branch[hub]'"
     call = "load(folder" if repo_id is None else f'from_hub("{repo_id}"'
-    if net.source is None:
+    if (net.source if isinstance(net, SigmaBranchNet) else source_of(net)) is None:
         call += ", skeleton=dense"
         yield "# dense: a network of the shape that this one was made from, with any weights"
     yield f"net = sb.{call})"
-    yield "logits = net(x)  # one path an input; print(net.explain(x)[0]) shows it"
+    shown = "  # one path an input; print(net.explain(x)[0]) shows it" if is_branched(net) else ""
+    yield f"logits = net(x){shown}"
 
 
 def _fenced(language: str, lines: Iterable[str]) -> str:
     return "\n".join((f"```{language}", *lines, "```"))
 
 
-def _measured(evaluation: Figures | None, dataset: str | None) -> Iterator[str]:
-    yield "- parameters: counted; a path's include its routers, and are the most of any path"
+def _measured(evaluation: Figures | None, dataset: str | None, branched: bool) -> Iterator[str]:
+    paths = "; a path's include its routers, and are the most of any path" if branched else ""
+    yield f"- parameters: counted{paths}"
     if evaluation is None:
         return
     of = "" if dataset is None else f" of {dataset}"
     samples, share = evaluation["samples"], evaluation["top1"] / 100
     error = 100 * math.sqrt(share * (1 - share) / samples)
     yield (
-        f"- accuracy: on {samples:,} samples{of}, one path an input; drawing as many anew moves "
+        f"- accuracy: on {samples:,} samples{of}{', one path an input' if branched else ''}; "
+        "drawing as many anew moves "
         f"top-1 by ±{error:.2f} points (one standard error)"
     )
     yield from (f"- {text.format(evaluation[key])}" for key, text in _ROUTING if key in evaluation)

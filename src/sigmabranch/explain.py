@@ -74,7 +74,8 @@ class Explanation:
             f"{decision.node} → {decision.branch} of {_shares(decision.probabilities)}"
             for decision in self.decisions
         )
-        return f"class {classes}\nleaf {self.leaf} ({self.probability:.1%}): {path}"
+        leaf = f"leaf {self.leaf} ({self.probability:.1%})"
+        return f"class {classes}\n{leaf}: {path}" if path else f"class {classes}\n{leaf}"
 
 
 @torch.no_grad()

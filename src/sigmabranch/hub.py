@@ -15,11 +15,11 @@ from typing import Any
 from torch import nn
 
 from sigmabranch.archive import MANIFEST, WEIGHTS, read_manifest
-from sigmabranch.backbones import Backbone
+from sigmabranch.backbones import Backbone, source_of
 from sigmabranch.card import Figures, card_text
 from sigmabranch.errors import CheckpointError, MissingDependency, SigmaBranchError
 from sigmabranch.net import RECORD, SigmaBranchNet
-from sigmabranch.saving import load_net
+from sigmabranch.saving import load, save_dense
 
 CARD = "README.md"
 _IMAGE_BUILDERS = ("convnext", "resnet", "timm", "vit", "wide-resnet")
@@ -27,7 +27,7 @@ _LOG_IN = "log in with 'hf auth login', or set HF_TOKEN"
 
 
 def push_to_hub(
-    net: SigmaBranchNet | Path | str,
+    net: nn.Module | Path | str,
     repo_id: str,
     *,
     revision: str | None = None,
@@ -35,10 +35,11 @@ def push_to_hub(
     commit_message: str | None = None,
     **card: Any,
 ) -> str:
-    """Upload a branched network and its card in one commit; the card there is written anew.
+    """Upload a network and its card in one commit; the card there is written anew.
 
     Args:
-        net: the network, or the folder it was saved in, whose notes then go along.
+        net: the network, branched or dense, or the folder it was saved in, whose notes then go
+            along.
         repo_id: ``"user/name"``, created if absent.
         revision: branch, created if absent; the main one if None.
         private: of a repository that is created; None leaves it to the account's setting.
@@ -49,20 +50,21 @@ def push_to_hub(
         Address of the commit.
 
     Raises:
-        CheckpointError: the folder holds no whole branched network, or the Hub refuses or cannot
+        CheckpointError: the folder holds no whole network, or the Hub refuses or cannot
             be reached.
         ConfigError: figures of another network.
         MissingDependency: huggingface_hub is not installed.
     """
     hub = _hub()
     with ExitStack() as stack:
-        if isinstance(net, SigmaBranchNet):
+        if isinstance(net, nn.Module):
             folder = Path(stack.enter_context(TemporaryDirectory()))
-            net.save(folder)
+            net.save(folder) if isinstance(net, SigmaBranchNet) else save_dense(net, folder)
         else:
-            folder, net = Path(net), load_net(net)
-        text = model_card(net, repo_id=repo_id, **card)
-        names = (*read_manifest(folder, "branched")["files"], MANIFEST)
+            folder = Path(net)
+        model = net if isinstance(net, nn.Module) else load(net)
+        text = model_card(model, repo_id=repo_id, **card)
+        names = (*read_manifest(folder)["files"], MANIFEST)
         additions = [hub.CommitOperationAdd(CARD, text.encode())]
         additions += [hub.CommitOperationAdd(name, folder / name) for name in names]
         stack.enter_context(_refusals(repo_id, revision))
@@ -83,13 +85,13 @@ def push_to_hub(
 
 def from_hub(
     repo_id: str, revision: str | None = None, skeleton: nn.Module | Backbone | None = None
-) -> SigmaBranchNet:
-    """Download a branched network, or take it from the cache, and load it as :func:`load_net` does.
+) -> Any:
+    """Download a network, or take it from the cache, and load it as :func:`sigmabranch.load` does.
 
     Args:
         repo_id: ``"user/name"``.
         revision: branch, tag or commit; the main branch if None.
-        skeleton: as for :func:`~sigmabranch.saving.load_net`.
+        skeleton: as for :func:`~sigmabranch.saving.load`.
 
     Raises:
         CheckpointError: no such network, no way to it, or files that are not as they were written.
@@ -101,13 +103,13 @@ def from_hub(
             repo_id, revision=revision, allow_patterns=[MANIFEST, WEIGHTS, RECORD]
         )
     try:
-        return load_net(folder, skeleton)
+        return load(folder, skeleton)
     except CheckpointError as error:
         raise CheckpointError(f"{repo_id} on the Hub: {error}") from error
 
 
 def model_card(
-    net: SigmaBranchNet,
+    net: nn.Module,
     *,
     evaluation: Figures | None = None,
     dense_evaluation: Figures | None = None,
@@ -144,14 +146,14 @@ def model_card(
 
 
 def _header(
-    net: SigmaBranchNet,
+    net: nn.Module,
     evaluation: Figures | None,
     dataset: str | None,
     license: str | None,
     repo_id: str | None,
 ) -> str:
     hub = _hub()
-    task = _pipeline_tag(net.source)
+    task = _pipeline_tag(net.source if isinstance(net, SigmaBranchNet) else source_of(net))
     results = []
     if evaluation is not None and dataset is not None and task is not None:
         results.append(

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from sigmabranch.archive import write_archive
-from sigmabranch.coupling import SlicePlan
+from sigmabranch.backbones import Backbone, as_backbone
+from sigmabranch.coupling import SlicePlan, fingerprint
 from sigmabranch.errors import ConfigError, DataError
 from sigmabranch.explain import Explanation, explain
 from sigmabranch.routing import Router, Routes, stacked
@@ -118,6 +119,33 @@ class SigmaBranchNet(nn.Module):
         self.united = False
         self.trunk_parts()  # refuses a tree that does not fit
 
+    @classmethod
+    def unbranched(cls, dense: nn.Module | Backbone, example: Tensor) -> Self:
+        """A dense network as a tree of one leaf: a copy, in eval mode.
+
+        Args:
+            dense: (B, ...) → (B, V) logits.
+            example: a legal input, (1, ...).
+
+        Raises:
+            ConversionError: it is not its parts in a row.
+        """
+        model = dense.model if isinstance(dense, Backbone) else dense
+        example = example.to(next(model.parameters()).device)
+        backbone = as_backbone(dense, example)
+        backbone.check(example)
+        whole = SlicePlan(keep={}, edits={}, source=fingerprint(backbone.model.state_dict()))
+        return cls(
+            tree=TreeSpec.unbranched(),
+            trunk=backbone.section(backbone.chain),
+            specializers={},
+            routers={},
+            heads={(): backbone.pooled_head()},
+            plans={(): whole},
+            source=backbone.source,
+            record={},
+        ).eval()
+
     @property
     def early(self) -> bool:
         """Whether all routers read one feature inside the trunk, or at its end."""
@@ -142,20 +170,20 @@ class SigmaBranchNet(nn.Module):
         # Before the rest of the trunk, which may work in place.
         decided = {node: self.router(node)(seen) for node in self.tree.inner if self.early}
         features: dict[NodeId, Any] = {(): rest(seen)}
-        log_prob: dict[NodeId, Tensor] = {}
+        log_prob: dict[NodeId, Tensor] = {(): torch.zeros(len(x), device=x.device)}
         branches: list[Tensor] = []
         for node in self.tree.inner:
             branch_log_prob_BK = decided[node] if self.early else self.router(node)(features[node])
             branches.append(branch_log_prob_BK)
             for child in self.tree.children(node):
-                arrived = log_prob.get(node, 0.0)
-                log_prob[child] = arrived + branch_log_prob_BK[:, child[-1]]
+                log_prob[child] = log_prob[node] + branch_log_prob_BK[:, child[-1]]
                 features[child] = self.specializer(child)(features[node])
+        none_B00 = torch.zeros(len(x), 0, 0, device=x.device)
         leaves = self.tree.leaves
         return SoftOutput(
             logits=torch.stack([self.head(leaf)(features[leaf]) for leaf in leaves], dim=1),
             log_prob=torch.stack([log_prob[leaf] for leaf in leaves], dim=1),
-            branch_log_prob=stacked(branches),
+            branch_log_prob=stacked(branches) if branches else none_B00,
         )
 
     def hard(self, x: Tensor) -> HardOutput:
@@ -358,6 +386,11 @@ class Path(nn.Module):
                 branches.append(self.routers[str(level)](feature))
             feature = specializer(feature)
         return (self.head(feature), *branches)
+
+
+def is_branched(model: nn.Module) -> TypeGuard[SigmaBranchNet]:
+    """Whether routers decide anything; in a dense network or a single path there are none."""
+    return isinstance(model, SigmaBranchNet) and bool(model.tree.inner)
 
 
 def split_trunk(trunk: nn.Module, after: str | None) -> tuple[nn.Module, nn.Sequential]:

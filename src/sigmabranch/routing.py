@@ -82,7 +82,9 @@ class Routes(nn.Module):
         self.leaf_number = {leaf: number for number, leaf in enumerate(tree.leaves)}
         self.inner_number = {node: number for number, node in enumerate(tree.inner)}
         table = [self._row(tree.children(node), tree.most_branches) for node in tree.inner]
-        self.register_buffer("children_IK", torch.tensor(table), persistent=False)
+        table_IK = torch.tensor(table, dtype=torch.int64)
+        self.register_buffer("children_IK", table_IK, persistent=False)
+        self.start = self._entry(())
 
     def _row(self, children: Sequence[NodeId], branches: int) -> list[int]:
         row = [self._entry(child) for child in children]
@@ -97,7 +99,7 @@ class Routes(nn.Module):
     def hard(self, branch_log_prob_BIK: Tensor) -> Tensor:
         """The leaf that sequential top-1 decisions reach (paper, eq. 9): (B,) int64."""
         rows_B = torch.arange(len(branch_log_prob_BIK), device=branch_log_prob_BIK.device)
-        node_B = torch.zeros_like(rows_B)
+        node_B = torch.full_like(rows_B, self.start)
         for _ in range(self.depth):
             branch_B = branch_log_prob_BIK[rows_B, node_B.clamp(min=0)].argmax(dim=-1)
             node_B = torch.where(

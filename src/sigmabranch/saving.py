@@ -44,35 +44,65 @@ def save_dense(
     write_archive(folder, model.state_dict(), described)
 
 
-def load_net(folder: Path | str, skeleton: nn.Module | Backbone | None = None) -> SigmaBranchNet:
-    """Read a branched network back, in eval mode on the CPU.
+def load(folder: Path | str, skeleton: nn.Module | Backbone | None = None) -> Any:
+    """Read a saved network back, in eval mode on the CPU.
 
     Args:
-        folder: written by :meth:`SigmaBranchNet.save`.
+        folder: written by :meth:`SigmaBranchNet.save` or :func:`save_dense`.
         skeleton: a dense network of the same shape, as it was given to ``convert`` (it is read,
             never changed, and its weights do not matter); needed only for a network of the user's
             own that this library cannot build by itself.
 
+    Returns:
+        A :class:`SigmaBranchNet`, or the dense network that was saved, an ``nn.Module``.
+
     Raises:
         CheckpointError: a file is missing, damaged or of another kind, schema or shape.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder, "branched")
+    manifest = read_manifest(folder)
+    kind = str(manifest.get("kind"))
+    if kind not in _READERS:
+        raise CheckpointError(
+            f"{folder} holds a network of kind {kind!r}, this version reads "
+            f"{' and '.join(_READERS)}: use the version that wrote it"
+        )
+    return _READERS[kind](manifest, Path(folder), skeleton)
+
+
+def load_net(folder: Path | str, skeleton: nn.Module | Backbone | None = None) -> SigmaBranchNet:
+    """As :func:`load`, and refuses a dense network."""
+    return _read_net(read_manifest(folder, "branched"), Path(folder), skeleton)
+
+
+def load_dense(folder: Path | str, skeleton: nn.Module | Backbone | None = None) -> nn.Module:
+    """As :func:`load`, and refuses all but dense networks."""
+    return _read_dense(read_manifest(folder, "dense"), Path(folder), skeleton)
+
+
+def _read_net(
+    manifest: Mapping[str, Any], folder: Path, skeleton: nn.Module | Backbone | None
+) -> SigmaBranchNet:
     net = net_skeleton(manifest, folder, skeleton)
     net.record = files.read_json(folder / RECORD)
     fill(net, folder)
     return net.eval()
 
 
-def load_dense(folder: Path | str) -> nn.Module:
-    """Read a dense network back, in eval mode on the CPU; raises as :func:`load_net` does."""
-    folder = Path(folder)
-    manifest = read_manifest(folder, "dense")
-    _refuse_unknown(manifest, folder)
-    with _described(folder), torch.device("meta"):
-        model = build(manifest["source"])
+def _read_dense(
+    manifest: Mapping[str, Any], folder: Path, skeleton: nn.Module | Backbone | None
+) -> nn.Module:
+    if skeleton is None:
+        _refuse_unknown(manifest, folder)
+        with _described(folder), torch.device("meta"):
+            model = build(manifest["source"])
+    else:
+        model = skeleton.model if isinstance(skeleton, Backbone) else skeleton
+        model = copy.deepcopy(model).to("meta")
     fill(model, folder)
     return model.eval()
+
+
+_READERS = {"branched": _read_net, "dense": _read_dense}
 
 
 @contextmanager
@@ -133,12 +163,11 @@ def _skeleton(
 ) -> SigmaBranchNet:
     """A branched network of the right shapes, without values."""
     levels = backbone.levels(tree.depth, tree.cuts)
-    specializers, heads = {}, {}
+    specializers = {}
     for node in tree.specializers:
         paths = [path for level in tree.levels_of(node) for path in levels.levels[level - 1]]
         specializers[node] = backbone.specializer(paths, plans[node])
-        if node in tree.leaves:
-            heads[node] = backbone.pooled_head(plans[node])
+    heads = {leaf: backbone.pooled_head(plans[leaf]) for leaf in tree.leaves}
     with torch.device("meta"):
         routers = {
             node: Router(

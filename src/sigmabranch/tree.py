@@ -34,7 +34,8 @@ class TreeSpec:
     """A tree of specializers (paper, section III, where every inner node has two children).
 
     Inner nodes may have any number of children from two on, and not all the same. A leaf above the
-    last level runs all the remaining stages of the network by itself.
+    last level runs all the remaining stages of the network by itself. In :meth:`unbranched` the
+    trunk is the only leaf: a network without routers, dense or one path of it.
 
     Attributes:
         leaves: the paths of the leaves, left to right; an inner node's children are 0 to K − 1.
@@ -87,7 +88,7 @@ class TreeSpec:
                 raise ConfigError(
                     f"tree {name} has {len(values)} entries for {self.depth} levels: give one each"
                 )
-        if self.widths is not None and min(self.widths) < 1:
+        if min(self.widths or (1,)) < 1:
             raise ConfigError(f"tree widths must be positive, got {self.widths}")
         if self.round_to < 1 or self.projection_dim < 1:
             raise ConfigError("tree round_to and projection_dim must be at least 1")
@@ -111,6 +112,11 @@ class TreeSpec:
                 f"2 branches and at most {_MOST_LEAVES} leaves"
             )
         return cls(leaves=tuple(product(range(branches), repeat=depth)), **fields)
+
+    @classmethod
+    def unbranched(cls) -> TreeSpec:
+        """The trunk alone, which is the only leaf."""
+        return cls(leaves=((),))
 
     @property
     def depth(self) -> int:
@@ -137,7 +143,7 @@ class TreeSpec:
     @property
     def most_branches(self) -> int:
         """The largest number of children that a node has."""
-        return 1 + max(branch for leaf in self.leaves for branch in leaf)
+        return max((1 + branch for leaf in self.leaves for branch in leaf), default=0)
 
     def parallel(self, level: int) -> int:
         """How many specializers exist side by side at ``level`` (short leaves reach down)."""
@@ -177,6 +183,11 @@ class TreeSpec:
                 )
         return widths
 
+    def check_branched(self) -> None:
+        """Raise :class:`ConfigError` where there is nothing to route."""
+        if not self.inner:
+            raise ConfigError("the tree has a single leaf: name two or more")
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; :meth:`from_dict` is its inverse."""
         return {name: to_fields(value) for name, value in asdict(self).items()}
@@ -199,7 +210,7 @@ def _rounded(width: float, multiple: int, limit: int) -> int:
 def _check_leaves(leaves: tuple[NodeId, ...]) -> None:
     if len(set(leaves)) < len(leaves) or tuple(sorted(leaves)) != leaves:
         raise ConfigError("tree leaves must be distinct and in left-to-right order")
-    if len(leaves) < 2:
+    if len(leaves) < 2 and leaves != ((),):
         raise ConfigError("a tree needs at least two leaves")
     below: dict[NodeId, set[int]] = {}
     ends = set(leaves)

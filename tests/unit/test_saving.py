@@ -18,7 +18,7 @@ from sigmabranch import files
 from sigmabranch.archive import MANIFEST, WEIGHTS, sealed
 from sigmabranch.backbones import GlobalAveragePool
 from sigmabranch.errors import CheckpointError
-from sigmabranch.saving import load_dense, save_dense
+from sigmabranch.saving import load_dense, load_net, save_dense
 
 TREE = sb.TreeSpec(leaves=((0,), (1, 0), (1, 1)), projection_dim=16)
 
@@ -218,11 +218,12 @@ def test_a_file_outside_the_folder_is_not_touched(folder):
         ({"schema": 2}, "has schema 2, this version reads 1"),
         ({"schema": None}, "has schema None"),
         ({"format": "other"}, "was not written by sigmabranch"),
-        ({"kind": "dense"}, "holds a dense network, need a branched one"),
-        ({"kind": None}, "need a branched one"),
+        ({"kind": "dense"}, "does not fit its manifest"),
+        ({"kind": None}, "holds a network of kind 'None'"),
         ({"files": {}}, "lists no weights"),
         ({"files": None}, "lists no weights"),
         ({"tree": {"leaves": [[0]]}}, "does not describe this network"),
+        ({"tree": {"leaves": [[]]}}, "a node '0' that its tree does not have"),
         ({"tree": None}, "does not describe this network"),
         ({"plans": {}}, "does not describe this network"),
         ({"plans": {"7": {}}}, "'7'"),
@@ -311,6 +312,11 @@ def test_weights_of_another_tree_are_refused(dense, batches, folder, tmp_path):
 
 def test_a_branched_network_is_no_dense_one(folder):
     assert "holds a branched network, need a dense one" in refused(load_dense, folder)
+
+
+def test_a_dense_network_is_no_branched_one(dense, tmp_path):
+    save_dense(dense, tmp_path)
+    assert "holds a dense network, need a branched one" in refused(load_net, tmp_path)
 
 
 class Evil:

@@ -65,7 +65,7 @@ def test_it_is_saved_and_rebuilt(dense, batches, slim, tmp_path):
 
 def test_the_single_path_has_the_same_trunk(dense, batches, slim):
     path = single_path(dense, batches, tree(trunk_share=0.5), spec=SPEC)
-    assert path[0].layer2[0].conv1.weight.shape == slim.trunk.layer2[0].conv1.weight.shape
+    assert path.trunk.layer2[0].conv1.weight.shape == slim.trunk.layer2[0].conv1.weight.shape
 
 
 def test_early_routers_read_the_slim_feature(dense, batches):

@@ -63,7 +63,7 @@ def test_node_names():
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"leaves": ((),)}, "two leaves"),
+        ({"leaves": ((0,),)}, "two leaves"),
         ({"leaves": ((0,), (2,))}, r"root has branches \[0, 2\]: number them 0, 1"),
         ({"leaves": ((-1,), (0,), (1,))}, "without a gap"),
         ({"leaves": ((0,), (1, 0))}, r"node 1 has branches \[0\]: .* at least two"),

@@ -96,16 +96,16 @@ class Backbone:
                     f"a tree of depth {depth} needs more than {depth} stages, but the network has "
                     f"{len(self.stages)} ({', '.join(self.stages)}): use a smaller depth"
                 )
-            cuts = self.stages[-depth:]
+            cuts = self.stages[len(self.stages) - depth :]
         for cut in cuts:
             if cut not in self.chain:
                 raise ConfigError(f"cannot cut at {cut!r}: choose from {', '.join(self.stages)}")
         starts = [self.chain.index(cut) for cut in cuts]
-        if starts != sorted(set(starts)) or starts[0] == 0:
+        if starts != sorted(set(starts)) or 0 in starts:
             raise ConfigError(f"cuts {', '.join(cuts)} must follow the network's order")
         bounds = [*starts, len(self.chain)]
         return Levels(
-            trunk=self.chain[: starts[0]],
+            trunk=self.chain[: bounds[0]],
             levels=tuple(self.chain[start:stop] for start, stop in pairwise(bounds)),
         )
 
@@ -115,8 +115,10 @@ class Backbone:
 
     def section(self, paths: Iterable[str], plan: SlicePlan | None = None) -> nn.Sequential:
         """A copy of the modules at ``paths`` as one module, with only the channels of ``plan``."""
-        copies = OrderedDict()
+        copies: OrderedDict[str, nn.Module] = OrderedDict()
         for path in paths:
+            if plan is not None and plan.gather is not None and path == plan.gathered_by:
+                copies["gathered"] = Gather(*plan.gather)
             module = copy.deepcopy(self.model.get_submodule(path))
             if plan is not None:
                 plan.reshape(module, prefix=path)
@@ -132,7 +134,7 @@ class Backbone:
         for module in section.modules():
             if getattr(module, "inplace", False):
                 module.inplace = False  # type: ignore[assignment]
-        if plan.gather is None:
+        if plan.gather is None or plan.gathered_by is not None:
             return section
         return nn.Sequential(OrderedDict(gathered=Gather(*plan.gather), **section._modules))
 

@@ -15,14 +15,14 @@ from sigmabranch.cli.source import read_source
 from sigmabranch.errors import ConfigError
 from sigmabranch.peers import find_system
 from sigmabranch.report import cost_table
-from sigmabranch.saving import load_net
+from sigmabranch.saving import load
 from sigmabranch.tasks import count_net, count_task, find_task
 from sigmabranch.tasks.task import parsed
 
 
 def command(
     what: Annotated[
-        str, typer.Argument(metavar="TASK|NET", help="A task, or the folder of a branched network.")
+        str, typer.Argument(metavar="TASK|NET", help="A task, or the folder of a saved network.")
     ],
     out: options.OutFile = None,
     settings: options.Set = None,
@@ -40,8 +40,8 @@ def command(
     if peer is not None:
         cost = _count_peer(what, peer, settings or ())
     elif Path(what).is_dir():
-        task, _ = read_source(Path(what), "branched", settings, made=True)
-        cost = count_net(load_net(what), task)
+        task, _ = read_source(Path(what), None, settings, made=True)
+        cost = count_net(load(what), task)
     else:
         cost = count_task(find_task(what).with_settings(settings or ()))
     if out is not None:

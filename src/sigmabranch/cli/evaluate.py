@@ -10,21 +10,21 @@ import torch
 import typer
 
 from sigmabranch import files
-from sigmabranch.archive import read_manifest
 from sigmabranch.cli import options
 from sigmabranch.cli.screen import print_result
 from sigmabranch.cli.source import read_source
 from sigmabranch.conversion import Shards
 from sigmabranch.errors import ConfigError
-from sigmabranch.measure import evaluate, evaluate_dense
+from sigmabranch.measure import evaluate
+from sigmabranch.net import is_branched
 from sigmabranch.report import accuracy_table
-from sigmabranch.saving import load_dense, load_net
+from sigmabranch.saving import load
 from sigmabranch.tasks import Task, open_task_data, ordered
 from sigmabranch.training import FabricEngine, launched, launched_rank, resolve_device
 
 
 def command(
-    net: Annotated[Path, typer.Argument(help="Folder of a dense or branched network.")],
+    net: Annotated[Path, typer.Argument(help="Folder of a saved network.")],
     data: options.Data = None,
     split: Annotated[
         str,
@@ -45,13 +45,11 @@ def command(
     batches = ordered(open_task_data(task, data, where).measured(split))
     if split != "test":
         _check_unseen(net, task, data)
-    if read_manifest(net)["kind"] == "dense":
-        if seed is not None:
-            raise ConfigError("a dense network has no routes to shuffle: leave out --seed")
-        accuracy = evaluate_dense(load_dense(net).to(where), batches, shards=shards)
-    else:
-        shuffle = saved_seed if seed is None else seed
-        accuracy = evaluate(load_net(net).to(where), batches, seed=shuffle, shards=shards)
+    model = load(net).to(where)
+    if seed is not None and not is_branched(model):
+        raise ConfigError("a network without branches has no routes to shuffle: leave out --seed")
+    shuffle = saved_seed if seed is None else seed
+    accuracy = evaluate(model, batches, seed=shuffle, shards=shards)
     if launched_rank():
         return
     if out is not None:

@@ -43,8 +43,8 @@ def command(
     if not chain.engine.is_main:
         return
     folder = chain.folder / "branched"
-    text = (
-        f"{folder}: {accuracy['top1']:.2f} % top-1 on one path per input, "
-        f"balance {accuracy['balance']:.2f}, routing gain {accuracy['routing_gain']:+.2f} points"
-    )
+    text = f"{folder}: {accuracy['top1']:.2f} % top-1 on one path per input"
+    if "balance" in accuracy:
+        gain = accuracy["routing_gain"]
+        text += f", balance {accuracy['balance']:.2f}, routing gain {gain:+.2f} points"
     print_result({"folder": str(folder), "branched": accuracy}, text, as_json)

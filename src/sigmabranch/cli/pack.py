@@ -8,16 +8,15 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from sigmabranch.archive import read_manifest
 from sigmabranch.cli import options
 from sigmabranch.cli.screen import print_result
 from sigmabranch.cli.source import read_source
 from sigmabranch.data import EMBEDDED, Dataset
 from sigmabranch.deploy import Package, pack
 from sigmabranch.measure import evaluate
-from sigmabranch.net import SigmaBranchNet
+from sigmabranch.net import SigmaBranchNet, is_branched
 from sigmabranch.report import package_table
-from sigmabranch.saving import load_dense, load_net
+from sigmabranch.saving import load
 from sigmabranch.tasks import open_task_data, ordered
 from sigmabranch.tasks.counting import example
 
@@ -26,7 +25,7 @@ USAGE_SAMPLES = 2000
 
 
 def command(
-    net: Annotated[Path, typer.Argument(help="Folder of a dense or branched network.")],
+    net: Annotated[Path, typer.Argument(help="Folder of a saved network.")],
     data: options.Data = None,
     out: Annotated[
         Path | None,
@@ -36,13 +35,13 @@ def command(
 ) -> None:
     """Write a network as a package; with --data it also knows class names and leaf usage."""
     task, seed = read_source(net, None, None)
-    model = load_dense(net) if read_manifest(net)["kind"] == "dense" else load_net(net)
+    model = load(net)
     notes = {"task": task.to_dict(), "seed": seed}
     seen: dict[str, Any] = {}
     if data is not None or task.data.name in EMBEDDED:
         dataset = open_task_data(task, data, torch.device("cpu"))
         notes["classes"] = list(dataset.class_names)
-        seen = _leaves(model, dataset) if isinstance(model, SigmaBranchNet) else {}
+        seen = _leaves(model, dataset) if is_branched(model) else {}
     folder = out or net.resolve().with_name(f"{net.resolve().name}-package")
     package = pack(model, folder, example(task), notes=notes, **seen)
     print_result(_result(package), package_table(package).to_text(), as_json)

@@ -16,7 +16,7 @@ from sigmabranch.tasks import Task
 
 
 def command(
-    net: Annotated[Path, typer.Argument(help="Folder of a branched network.")],
+    net: Annotated[Path, typer.Argument(help="Folder of a saved network.")],
     repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where on the Hub.")],
     private: Annotated[
         bool, typer.Option("--private", help="Of a new repository: only for its owner.")
@@ -27,7 +27,7 @@ def command(
     figures = measured(net)
     url = push_to_hub(net, repo_id, private=private or None, **figures)
     top1 = figures["evaluation"]["top1"] if "evaluation" in figures else None
-    accuracy = "without figures" if top1 is None else f"{top1:.2f} % top-1 on one path"
+    accuracy = "without figures" if top1 is None else f"{top1:.2f} % top-1"
     print_result({"repo_id": repo_id, "url": url, "top1": top1}, f"{url}: {accuracy}", as_json)
 
 
@@ -35,10 +35,10 @@ def measured(folder: Path) -> dict[str, Any]:
     """What the card of a network in a run's folder can say: the run's data and its figures.
 
     Raises:
-        CheckpointError: no branched network, or a damaged file of its run.
+        CheckpointError: no network, or a damaged file of its run.
         ConfigError: its notes hold no task of this version.
     """
-    notes = read_manifest(folder, "branched")["notes"]
+    notes = read_manifest(folder)["notes"]
     if "task" not in notes:
         return {}
     dataset = {"dataset": Task.from_dict(notes["task"]).data.name}
@@ -48,5 +48,7 @@ def measured(folder: Path) -> dict[str, Any]:
     if not (run / "measured.json").exists() or files.read_json(run / "task.json") != origin:
         return dataset
     found = files.read_json(run / "measured.json")
-    parts = {"evaluation": step, "dense_evaluation": "dense", "cost": "cost"}
+    parts = {"evaluation": step}
+    if step != "dense":
+        parts |= {"dense_evaluation": "dense", "cost": "cost"}
     return dataset | {name: found[part] for name, part in parts.items() if step in found}

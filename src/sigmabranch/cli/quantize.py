@@ -15,7 +15,7 @@ from sigmabranch.cli.screen import Screen, print_result
 from sigmabranch.cli.source import read_source
 from sigmabranch.data import Split
 from sigmabranch.deploy.export import check_format, export_net
-from sigmabranch.saving import load_net
+from sigmabranch.saving import load
 from sigmabranch.sizes import byte_count
 from sigmabranch.tasks import open_task_data, shuffled
 from sigmabranch.tasks.provenance import provenance
@@ -28,7 +28,7 @@ SENSED = 500
 
 
 def command(
-    net: Annotated[Path, typer.Argument(help="Folder of a branched network.")],
+    net: Annotated[Path, typer.Argument(help="Folder of a saved network.")],
     data: options.Data = None,
     out: options.OutBeside = None,
     bits: Annotated[
@@ -54,7 +54,7 @@ def command(
     from sigmabranch.deploy.quantize import quantize_nodes  # noqa: PLC0415
 
     limit = None if total is None else byte_count(total)
-    task, seed = read_source(net, "branched", None)
+    task, seed = read_source(net, None, None)
     dataset = open_task_data(task, data, torch.device("cpu"))
     order = shuffled(dataset.train, seed).order[:CALIBRATION]
     samples = next(iter(dataset.train.batches(order, len(order))))[0].contiguous()
@@ -62,9 +62,7 @@ def command(
     with Screen().live() as screen:
         screen.say(f"{folder}: fp32")
         notes = {"task": task.to_dict(), "seed": seed, "classes": list(dataset.class_names)}
-        export_net(
-            load_net(net), folder / "fp32", samples[:COMPARED], format="onnx-nodes", notes=notes
-        )
+        export_net(load(net), folder / "fp32", samples[:COMPARED], format="onnx-nodes", notes=notes)
         with OnnxPath(folder / "fp32") as path:
             rows = [_row("fp32", path, dataset.test, None)]
         for count in sorted({*(bits or [8]), *([8, 4] if limit else [])}, reverse=True):

@@ -21,7 +21,10 @@ def command(
     data: options.Data = None,
     dense: Annotated[
         Path | None,
-        typer.Option(help="Package of a dense network, to run beside it.", show_default=False),
+        typer.Option(
+            help="Package of a dense network or a single path, to run beside it.",
+            show_default=False,
+        ),
     ] = None,
     budget: options.Budget = None,
     bandwidth: options.Bandwidth = None,
@@ -48,10 +51,10 @@ def command(
 
 
 def _check_twins(packages: Sequence[Package]) -> None:
-    """Whether one input goes into all of them, and all but the first are dense."""
+    """Whether one input goes into all of them, and all but the first have no branches."""
     first, *others = packages
     for other in others:
-        if other.network.get("kind") != "dense":
+        if len(other.leaves) > 1:
             raise ConfigError(f"{other.folder} holds no dense network: pack one")
         if (other.input_shape, other.classes) != (first.input_shape, first.classes):
             raise ConfigError(

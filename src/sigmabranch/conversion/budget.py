@@ -192,11 +192,12 @@ def plan_budget(
         UnsupportedOperation: channels cannot be followed through an operation of the network.
         ConversionError: the network cannot be cut.
     """
+    template = tree or TreeSpec()
+    template.check_branched()
     backbone = as_backbone(dense, example)
     limits = Budget.parse(
         budget, parameter_count(backbone.model), total=total, macs=macs, bits=bits
     )
-    template = tree or TreeSpec()
     found: list[Candidate] = []
     smallest: list[int] = []
     reasons: list[SigmaBranchError] = []

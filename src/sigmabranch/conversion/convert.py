@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sigmabranch.backbones import Backbone, as_backbone
 from sigmabranch.conversion.budget import plan_budget
-from sigmabranch.conversion.calibrate import reestimate_norms, stream
+from sigmabranch.conversion.calibrate import stream
 from sigmabranch.conversion.growth import Growth, Progress
 from sigmabranch.conversion.propose import Proposal
 from sigmabranch.conversion.record import ConversionRecord, ConversionSpec, Split
@@ -113,6 +113,9 @@ def rebuild(
     if growth.record.source != record.source:
         raise ConfigError("the record belongs to a dense network with other tensors: pass that one")
     growth.record = copy.deepcopy(record)
+    if () in record.nodes:
+        growth.slim_trunk()
+        return growth.single_path(growth.record.nodes[()])
     growth.build()
     return growth.finished()
 
@@ -177,7 +180,7 @@ def single_path(
     *,
     spec: ConversionSpec | None = None,
     device: torch.device | str | None = None,
-) -> nn.Module:
+) -> SigmaBranchNet:
     """One path without routers: the control that shows what routing is worth.
 
     It has the widths of ``tree`` and the channels that are strongest on average over all samples;
@@ -185,22 +188,13 @@ def single_path(
     re-estimated together.
 
     Returns:
-        (B, ...) → (B, V) logits, in eval mode.
+        A network whose tree is the trunk alone, in eval mode on ``device``; ``net.record`` names
+        the tree that gave the widths, and the channels.
+
+    Raises:
+        UnsupportedOperation, ConfigError, ConversionError, NumericError: as for :func:`convert`.
     """
     spec, tree = spec or ConversionSpec(), tree or TreeSpec()
     growth = Growth(_backbone(dense, loader), loader, tree, spec, device, Shards(), None)
     growth.slim_trunk()
-    everything = tuple(range(1, tree.depth + 1))
-    lineage = growth.average_channels()
-    section, head, plan = growth.cut(lineage, everything)
-    growth.fit_path(section, head, plan)
-    network = nn.Sequential(growth.trunk, section, head)
-
-    def run() -> None:
-        for x, _ in growth.stream("batch norms", min(spec.samples, spec.norm_samples)):
-            if len(x) > 1:  # a batch norm cannot learn from one sample
-                head(section(growth.trunk(x)))
-
-    if spec.norm_samples:
-        reestimate_norms([section, head], run, Shards())
-    return network.eval()
+    return growth.single_path(growth.average_channels())

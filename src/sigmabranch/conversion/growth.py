@@ -11,6 +11,7 @@ Shapes: B batch, N samples, C channels, D latent length, K clusters, V classes.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -58,6 +59,7 @@ class Growth:
         shards: Shards,
         progress: Progress | None,
     ) -> None:
+        tree.check_branched()
         device = torch.device(device or next(backbone.model.parameters()).device)
         self.backbone = replace(backbone, model=_trainable(backbone.model).eval().to(device))
         _check_pairs(tree, spec)
@@ -429,6 +431,33 @@ class Growth:
             routers=self.walk.routers,
             heads=self.heads,
             plans=self.plans,
+            source=self.backbone.source,
+            record=self.record.to_dict(),
+        ).eval()
+
+    def single_path(self, lineage: Sequence[NodeChannels]) -> SigmaBranchNet:
+        """The trunk and one specializer with its head, as a tree whose trunk is its only leaf."""
+        everything = range(1, self.tree.depth + 1)
+        section, head, plan = self.cut(lineage, everything)
+        self.fit_path(section, head, plan)
+
+        def run() -> None:
+            for x, _ in self.stream("batch norms", min(self.spec.samples, self.spec.norm_samples)):
+                if len(x) > 1:  # a batch norm cannot learn from one sample
+                    head(section(self.trunk(x)))
+
+        if self.spec.norm_samples:
+            reestimate_norms([section, head], run, self.shards)
+        self.record.nodes[()] = list(lineage)
+        by = self.levels.levels[0][0] if plan.gather else None
+        whole = replace(self.plans[()].then(plan), gather=plan.gather, gathered_by=by)
+        return SigmaBranchNet(
+            tree=TreeSpec.unbranched(),
+            trunk=nn.Sequential(OrderedDict(**self.trunk._modules, **section._modules)),
+            specializers={},
+            routers={},
+            heads={(): head},
+            plans={(): whole},
             source=self.backbone.source,
             record=self.record.to_dict(),
         ).eval()

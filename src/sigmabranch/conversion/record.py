@@ -164,7 +164,7 @@ class ConversionRecord:
         shares: share of the inner channels kept per level.
         samples: calibration samples read.
         splits: inner node → its decision.
-        nodes: specializer → its channels.
+        nodes: specializer → its channels; of a single path, the root → those of all levels.
         proposal: JSON form of the :class:`~sigmabranch.conversion.Proposal` that the tree is of.
     """
 
@@ -238,7 +238,7 @@ def class_targets(record: Mapping[str, Any]) -> Tensor | None:
         None if the clusters were not made of classes.
     """
     parsed = ConversionRecord.from_dict(record)
-    root = parsed.splits[()].class_branch
+    root = parsed.splits[()].class_branch if parsed.splits else None
     if root is None:
         return None
     table_VL = torch.zeros(len(root), len(parsed.tree.leaves))

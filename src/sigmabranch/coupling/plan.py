@@ -28,6 +28,7 @@ class SlicePlan:
         edits: module path -> attribute -> new value.
         gather: where the modules are to be given some channels of their input only: along which
             dimension, and which positions.
+        gathered_by: the module that is given them; the first if None.
         source: :func:`fingerprint` of the network the positions refer to.
     """
 
@@ -35,6 +36,7 @@ class SlicePlan:
     edits: Mapping[str, Mapping[str, Value]]
     source: str
     gather: tuple[int, Tensor] | None = None
+    gathered_by: str | None = None
 
     def apply(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
         """The sliced copy of a state dict; the tensors of ``state`` are not touched or shared.
@@ -131,7 +133,8 @@ class SlicePlan:
     def _gather_dict(self) -> dict[str, Any]:
         if self.gather is None:
             return {}
-        return {"gather": {"dim": self.gather[0], "positions": self.gather[1].tolist()}}
+        by = {} if self.gathered_by is None else {"by": self.gathered_by}
+        return {"gather": {"dim": self.gather[0], "positions": self.gather[1].tolist(), **by}}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> SlicePlan:
@@ -157,6 +160,7 @@ class SlicePlan:
                 },
                 source=str(value["source"]),
                 gather=_gather(value.get("gather")),
+                gathered_by=_gathered_by(value.get("gather")),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"not a plan: {error}") from error
@@ -237,6 +241,13 @@ def _gather(value: Any) -> tuple[int, Tensor] | None:
     if value is None:
         return None
     return _natural(value["dim"]), _positions(value["positions"])
+
+
+def _gathered_by(value: Any) -> str | None:
+    path = None if value is None else value.get("by")
+    if path is not None and type(path) is not str:
+        raise ValueError(f"{path!r} is no module path")
+    return path
 
 
 def _positions(index: Any) -> Tensor:

@@ -30,28 +30,29 @@ from sigmabranch.measure.routes import (
     leaf_class_information,
     shuffled_accuracy,
 )
-from sigmabranch.net import SigmaBranchNet
+from sigmabranch.net import is_branched
 from sigmabranch.tree import node_key
 
 Batches = Iterable[Sequence[Tensor]]
 
 
 def evaluate(
-    net: SigmaBranchNet,
+    net: nn.Module,
     batches: Batches,
     *,
     class_leaf: Sequence[int] | None = None,
     seed: int = 0,
     shards: Shards = Shards(),
 ) -> dict[str, Any]:
-    """Measure a branched network on (inputs, labels) batches, moved to its device.
+    """Measure a network on (inputs, labels) batches, moved to its device.
 
     The routes are the sequential decisions of :meth:`SigmaBranchNet.hard`, taken from the same
     routers' outputs; the two differ only where a router's choice, or a leaf's, is a tie to within
     rounding.
 
     Args:
-        net: the network; its training mode is restored.
+        net: the network; its training mode is restored. One without branches is measured as
+            :func:`evaluate_dense` does, because there is no routing to measure.
         batches: read once.
         class_leaf: the leaf to which ``leaf_by_class`` sends each class, normally
             ``best_leaf_of_class`` of the training split; this split's own best if None.
@@ -74,6 +75,10 @@ def evaluate(
         NumericError: a NaN or infinite logit.
         ConfigError: ``class_leaf`` does not name one leaf per class.
     """
+    if not is_branched(net):
+        if class_leaf is not None:
+            raise ConfigError("a network without branches has no leaf by class: drop class_leaf")
+        return evaluate_dense(net, batches, shards=shards)
     facts = _Facts(shards, batches)
     with torch.no_grad(), evaluating(net):
         for x, y, given in _on_device(net, shards.own(batches)):

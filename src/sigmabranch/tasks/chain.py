@@ -30,7 +30,7 @@ from sigmabranch.conversion import convert
 from sigmabranch.data import ConditionSplit, Dataset, EpochBatches, Split, derive_seed, open_data
 from sigmabranch.errors import CheckpointError, ConfigError, DataError, MissingDependency
 from sigmabranch.measure import evaluate, evaluate_dense
-from sigmabranch.net import RECORD, SigmaBranchNet
+from sigmabranch.net import RECORD, SigmaBranchNet, is_branched
 from sigmabranch.saving import load_dense, load_net, save_dense
 from sigmabranch.tasks.counting import count_net, sketch
 from sigmabranch.tasks.provenance import provenance
@@ -318,12 +318,14 @@ class Chain:
         return _history(self.folder / step)
 
     def accuracy(self, net: SigmaBranchNet, split: str = "test") -> dict[str, Any]:
-        """All figures of one branched network; a class's best leaf is chosen on training data.
+        """All figures of one network; a class's best leaf is chosen on training data.
 
         Raises:
             ConfigError: the held-out split is asked for, and the data have none.
         """
         measured = self.dataset.measured(split)
+        if not is_branched(net):
+            return self._measure(evaluate, net, measured)
         known = Ordered(self.dataset.train, self.calibration().order[:CEILING_SAMPLES])
         class_leaf = evaluate(net, known, shards=self.engine.shards)["best_leaf_of_class"]
         return self._measure(evaluate, net, measured, class_leaf=class_leaf, seed=self.seed)

@@ -51,8 +51,8 @@ def _sketch(task: Task) -> tuple[nn.Module, SigmaBranchNet]:
     return dense, blueprint(dense, blank, task.tree)
 
 
-def count_net(net: SigmaBranchNet, task: Task) -> dict[str, Any]:
-    """Cost of an existing branched network beside the dense one of its task."""
+def count_net(net: nn.Module, task: Task) -> dict[str, Any]:
+    """Cost of an existing network beside the dense one of its task."""
     return cost(net, example(task), dense=task.model.build().eval())
 
 

@@ -77,6 +77,9 @@ class Task:
     dense: Recipe = field(default_factory=Recipe)
     finetune: FinetuneRecipe = field(default_factory=FinetuneRecipe)
 
+    def __post_init__(self) -> None:
+        self.tree.check_branched()
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; :meth:`from_dict` is its inverse."""
         sections = {name: getattr(self, name).to_dict() for name in SECTIONS}

@@ -54,7 +54,8 @@ def finetune(
     then each on its own samples (:mod:`~sigmabranch.training.upcycling`).
 
     Args:
-        net: from :func:`~sigmabranch.conversion.convert`.
+        net: from :func:`~sigmabranch.conversion.convert`, or a single path, which is trained as
+            :func:`train` does.
         loader: as for :func:`train`.
         recipe: how; the paper's setting if None.
         options: as for :func:`train`; ``teacher`` is the dense network that the leaves imitate

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sigmabranch.conversion import class_targets
 from sigmabranch.conversion.calibrate import has_labels
 from sigmabranch.errors import ConfigError, DataError
-from sigmabranch.net import SigmaBranchNet
+from sigmabranch.net import SigmaBranchNet, is_branched
 from sigmabranch.training.engine import Engine
 from sigmabranch.training.losses import branched_loss, distillation
 from sigmabranch.training.recipe import FinetuneRecipe, Recipe
@@ -231,9 +231,13 @@ def finetuning(
 ) -> Objective:
     """What fine-tuning minimises: the paper's loss, or with ``recipe.upcycle`` that of each path.
 
+    Without branches it is a dense network's loss, whatever the recipe says of routing.
+
     Raises:
         ConfigError: the recipe needs a teacher, class clusters, or branches that are alike.
     """
+    if not is_branched(net):
+        return DenseObjective(recipe, teacher)
     if recipe.upcycle:
         return RoutedObjective(recipe, teacher, len(net.tree.leaves))
     return BranchedObjective(recipe, teacher, class_targets(net.record))

@@ -30,8 +30,9 @@ class Network:
     def described(self) -> dict[str, Any]:
         """JSON-able: its kind, its nodes in order with their bytes, leaf usage, budget, totals."""
         package = self.runtime.package
+        kind = package.network["kind"]
         return {
-            "kind": package.network["kind"],
+            "kind": "path" if kind == "branched" and len(package.leaves) == 1 else kind,
             "nodes": [
                 {"node": key, "bytes": node.weight_bytes} for key, node in package.nodes.items()
             ],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sigmabranch.errors import ConversionError
-from sigmabranch.net import SigmaBranchNet
+from sigmabranch.net import SigmaBranchNet, is_branched
 from sigmabranch.tree import NodeId, node_key
 
 # One input (1, ...) → (logits (1, V), number of the leaf that they come from).
@@ -74,13 +74,20 @@ def check_leaves(net: SigmaBranchNet, written: Written, samples: Tensor) -> tupl
 def _routed(net: SigmaBranchNet, run: Run, samples: Tensor) -> list[list[tuple[Tensor, Tensor]]]:
     """Per leaf the pairs (found, expected) of the logits that both routed there."""
     pairs: list[list[tuple[Tensor, Tensor]]] = [[] for _ in net.tree.leaves]
-    best_NI2 = net.soft(samples).branch_log_prob.topk(2, dim=-1).values
-    margin_N = (best_NI2[..., 0] - best_NI2[..., 1]).amin(dim=1)
-    for sample in samples[margin_N > _DRAW].unsqueeze(1):
+    for sample in _decided(net, samples).split(1):
         expected, found = net.hard(sample), run(sample)
         _same_leaf(net, found[1], int(expected.leaf))
         pairs[found[1]].append((found[0], expected.logits))
     return pairs
+
+
+def _decided(net: SigmaBranchNet, samples: Tensor) -> Tensor:
+    """Those on which no router is near a draw."""
+    if not is_branched(net):
+        return samples
+    best_NI2 = net.soft(samples).branch_log_prob.topk(2, dim=-1).values
+    margin_N = (best_NI2[..., 0] - best_NI2[..., 1]).amin(dim=1)
+    return samples[margin_N > _DRAW]
 
 
 def _leaf_check(

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sigmabranch import files
 from sigmabranch.archive import MANIFEST
+from sigmabranch.backbones import Backbone
 from sigmabranch.deploy.export.check import LeafCheck, Written, check_leaves
 from sigmabranch.deploy.export.staging import listing, staged
 from sigmabranch.errors import ConfigError, DataError, MissingDependency
@@ -59,7 +60,7 @@ class Export:
 
 
 def export_net(
-    net: SigmaBranchNet,
+    net: SigmaBranchNet | nn.Module | Backbone,
     folder: Path | str,
     example: Tensor,
     *,
@@ -72,7 +73,7 @@ def export_net(
     are forced there. Only then do the files get their names.
 
     Args:
-        net: left as it is.
+        net: branched, or a single path, or a dense network; left as it is.
         folder: receives the files; created if absent.
         example: (N, ...) float32 inputs as the network takes them, N at least 1. Their shape is
             the only one that the export accepts, one at a time.
@@ -93,6 +94,8 @@ def export_net(
     if not len(example):
         raise DataError("an export needs at least one example input")
     write = _writer(format)
+    if not isinstance(net, SigmaBranchNet):
+        net = SigmaBranchNet.unbranched(net, example[:1])
     copied = copy.deepcopy(net).cpu().eval()
     example = example.detach().cpu().contiguous()
     with torch.no_grad(), staged(folder) as stage:

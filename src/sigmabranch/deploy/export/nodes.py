@@ -24,7 +24,7 @@ from sigmabranch.archive import MANIFEST
 from sigmabranch.deploy.export.check import Run
 from sigmabranch.deploy.export.staging import listing
 from sigmabranch.deploy.fold import fold, foldable
-from sigmabranch.net import SigmaBranchNet
+from sigmabranch.net import SigmaBranchNet, is_branched
 from sigmabranch.routing import stacked
 from sigmabranch.tree import NodeId, node_key
 
@@ -123,6 +123,9 @@ class Walk:
 
 def node_parts(net: SigmaBranchNet, sample: Tensor) -> Iterator[Part]:
     """All parts for inputs of the shape of ``sample`` (1, ...), parents first."""
+    if not is_branched(net):
+        yield _part(node_key(()), [net.trunk, net.head(())], sample, names=("logits",))
+        return
     until, rest = net.trunk_parts()
     if net.early:
         decide = _part(DECIDE, [until], sample, AllRouters([*map(net.router, net.tree.inner)]))

@@ -16,6 +16,8 @@ function bar(className, share) {
   return element;
 }
 
+const NAMES = { branched: "Branched", dense: "Dense", path: "Single path" };
+
 export function allBytes({ nodes }) {
   return nodes.reduce((sum, { bytes }) => sum + bytes, 0);
 }
@@ -24,7 +26,8 @@ export function allBytes({ nodes }) {
 export function column(holder, network, most) {
   const article = document.getElementById("network").content.cloneNode(true).firstElementChild;
   const part = (selector) => article.querySelector(selector);
-  const name = network.kind === "dense" ? "Dense" : "Branched";
+  const name = NAMES[network.kind];
+  const routed = network.kind === "branched";
   part("h2").textContent = name;
   part(".size").textContent = size(network);
   part(".usage").hidden = !Object.keys(network.usage).length;
@@ -40,7 +43,7 @@ export function column(holder, network, most) {
     present(answer, truth, scale) {
       article.classList.add("filled");
       tree.light(answer.trace);
-      const heading = make("h3", "", network.kind === "dense" ? "Answer" : `Answer of leaf ${answer.leaf}`);
+      const heading = make("h3", "", routed ? `Answer of leaf ${answer.leaf}` : "Answer");
       part(".answer").replaceChildren(heading, ranking(answer.top, truth));
       part(".figures").replaceChildren(...figures(answer.trace));
       part(".weights .span").replaceChildren(...weights(answer.trace, scale.bytes));
@@ -48,7 +51,7 @@ export function column(holder, network, most) {
       past(answer.totals);
     },
     sentence({ top: [best], leaf, trace }) {
-      const where = network.kind === "dense" ? "" : `, leaf ${leaf}`;
+      const where = routed ? `, leaf ${leaf}` : "";
       const read = `${megabytes(trace.bytes_read)} MB read in ${milliseconds(trace.total_ms)} ms`;
       return `${name}: ${readable(best.class)}, ${percent(best.probability)}${where}, ${read}`;
     },
