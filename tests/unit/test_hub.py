@@ -123,6 +123,25 @@ def test_a_network_in_the_cache_needs_no_hub(local, net, monkeypatch):
     assert len(local.asked) == asked
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["path", "dense"])
+def test_a_network_without_branches_goes_there_and_back(local, dense, batches, kind):
+    net = sb.single_path(dense, batches, TREE) if kind == "path" else dense
+    sb.push_to_hub(net, NAME, evaluation=sb.evaluate(net, batches), dataset="digits")
+    again = sb.from_hub(NAME)
+    assert type(again) is type(net) and same(net, again)
+    card = local.repositories[NAME].branches["main"]["README.md"].decode()
+    assert f'sb.from_hub("{NAME}")' in card and "top-1 %" in card and "pipeline_tag" in card
+    assert not any(word in card for word in ("## Tree", "explain", "routing gain", "one path an"))
+    assert f"{sum(p.numel() for p in net.parameters()):,}" in card
+
+
+def test_figures_of_a_tree_are_refused_for_a_path(net, dense, batches):
+    path = sb.single_path(dense, batches, TREE)
+    with pytest.raises(ConfigError, match="the evaluation is of a network with leaves"):
+        sb.model_card(path, evaluation=sb.evaluate(net, batches))
+
+
 # -- what is not trusted -------------------------------------------------------------------------
 
 

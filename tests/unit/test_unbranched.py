@@ -19,6 +19,7 @@ from sigmabranch.errors import CheckpointError, ConfigError
 from sigmabranch.tasks import find_task
 from sigmabranch.training import Recipe
 from sigmabranch.tree import TreeSpec
+from sigmabranch.view import Network
 
 KINDS = ("path", "dense")
 SPEC = sb.ConversionSpec(norm_samples=64)
@@ -176,12 +177,13 @@ def test_fine_tuning_a_path_is_training_it(path, batches):
 
 
 @torch.no_grad()
-def test_its_package_streams_and_says_the_same(model, batches, tmp_path):
+def test_its_package_streams_and_says_the_same(kind, model, batches, tmp_path):
     x = images(batches)
     package = sb.pack(model, tmp_path, x)
     assert package.leaves == ("root",)
     with sb.Runtime.open(tmp_path, budget=package.path_bytes("root")) as runtime:
         found = runtime.predict(x[:1])
+        assert Network(runtime, lambda _: {}).described()["kind"] == kind
     assert found.leaf == "root"
     torch.testing.assert_close(found.logits, model(x[:1])[0], rtol=1e-4, atol=1e-4)
     with pytest.raises(ConfigError, match="usage names '0-0': the leaves are root"):
