@@ -15,7 +15,7 @@ from torch import nn
 from sigmabranch.backbones import source_of
 from sigmabranch.errors import ConfigError
 from sigmabranch.net import SigmaBranchNet, is_branched
-from sigmabranch.tree import NodeId, node_key
+from sigmabranch.tree import NodeId, node_key, shared_key
 
 Figures: TypeAlias = Mapping[str, Any]
 # What it is, then the cells under the header; None where there is no figure.
@@ -117,8 +117,8 @@ def _path_parameters(net: nn.Module) -> int:
     if not is_branched(net):
         return _count(net.parameters())
     own = net.node_parameters()
-    paths = ([leaf[:level] for level in range(len(leaf) + 1)] for leaf in net.tree.leaves)
-    return max(_count(p for node in path for p in own[node_key(node)]) for path in paths)
+    paths = map(net.tree.keys_to, net.tree.leaves)
+    return max(_count(p for key in path for p in own[key]) for path in paths)
 
 
 def _rows(
@@ -162,6 +162,8 @@ def _tree(net: SigmaBranchNet, evaluation: Figures) -> Iterator[str]:
         return f"{indent}{name}: {own[key]:,} parameters{share}"
 
     def below(node: NodeId, indent: str) -> Iterator[str]:
+        if (shared := shared_key(node)) in own:
+            yield f"{indent}├─ {shared} by the nodes below: {own[shared]:,} parameters"
         children = [child for child in net.tree.specializers if child[:-1] == node]
         for child in children:
             last = child == children[-1]

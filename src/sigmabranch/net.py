@@ -20,7 +20,7 @@ from sigmabranch.errors import ConfigError, DataError
 from sigmabranch.explain import Explanation, explain
 from sigmabranch.routing import Router, Routes, stacked
 from sigmabranch.rows import Hand, deal, hands, take
-from sigmabranch.tree import NodeId, TreeSpec, node_key
+from sigmabranch.tree import NodeId, TreeSpec, node_key, shared_key
 
 RECORD = "record.json"
 
@@ -87,6 +87,7 @@ class SigmaBranchNet(nn.Module):
         plans: node → which channels of the dense network it holds.
         source: how to rebuild the dense network's skeleton, or None.
         record: what the conversion decided (:mod:`sigmabranch.conversion.record`).
+        shared: inner node → what its children share (:func:`sigmabranch.shared.tie`).
 
     Attributes:
         united: whether all leaves are one path for now
@@ -107,6 +108,7 @@ class SigmaBranchNet(nn.Module):
         plans: Mapping[NodeId, SlicePlan],
         source: Mapping[str, Any] | None,
         record: dict[str, Any],
+        shared: Mapping[NodeId, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.tree, self.source, self.record = tree, source, record
@@ -115,6 +117,7 @@ class SigmaBranchNet(nn.Module):
         self.specializers = by_node(specializers)
         self.routers = by_node(routers)
         self.heads = by_node(heads)
+        self.shared = by_node(shared or {})
         self.routes = Routes(tree)
         self.united = False
         self.trunk_parts()  # refuses a tree that does not fit
@@ -333,6 +336,11 @@ class SigmaBranchNet(nn.Module):
             return [*body, self.head(node)]
         return [*body, self.router(node)] if self.has_router(node) else body
 
+    def shared_below(self, node: NodeId) -> nn.Module | None:
+        """What the children of ``node`` share; None if they share nothing."""
+        key = node_key(node)
+        return self.shared[key] if key in self.shared else None  # noqa: SIM401 (no dict)
+
     def _trunk_modules(self) -> list[nn.Module]:
         # Run in parts, a trunk is never called as a whole, so that no tracer can charge it.
         whole = self.tree.decide_after is None
@@ -344,15 +352,29 @@ class SigmaBranchNet(nn.Module):
         return ((), *self.tree.specializers)
 
     def node_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters per node key; together they are all of the net's."""
-        return {
+        """Parameters per node key; together they are all of the net's.
+
+        What the children of a node share counts as a node of its own.
+        """
+        found = {
             node_key(node): [p for module in self.node_modules(node) for p in module.parameters()]
             for node in self.nodes
         }
+        for node in self.tree.inner:
+            if (shared := self.shared_below(node)) is not None:
+                found[shared_key(node)] = [*shared.parameters()]
+        return found
 
     def node_log_prob(self, log_prob_BL: Tensor) -> dict[str, Tensor]:
-        """log probability that a sample passes each node: (B,) per node key."""
-        return below(self.tree, self.nodes, log_prob_BL)
+        """log probability that a sample passes each node: (B,) per node key.
+
+        It passes what the children of a node share whenever it passes that node.
+        """
+        found = below(self.tree, self.nodes, log_prob_BL)
+        for node in self.tree.inner:
+            if self.shared_below(node) is not None:
+                found[shared_key(node)] = found[node_key(node)]
+        return found
 
 
 class Path(nn.Module):
@@ -373,6 +395,8 @@ class Path(nn.Module):
             net.specializer(leaf[: level + 1]) for level in range(len(leaf))
         )
         self.head = net.head(leaf)
+        below = [net.shared_below(node) for node in inner]
+        self.shared = nn.ModuleList(module for module in below if module is not None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(logits (B, V), then log p (B, K) of each router on the path)."""

@@ -26,6 +26,7 @@ from sigmabranch.errors import (
 )
 from sigmabranch.net import RECORD, SigmaBranchNet
 from sigmabranch.routing import Router
+from sigmabranch.shared import tie
 from sigmabranch.tree import NodeId, TreeSpec, node_key
 
 # What building a network raises where a manifest asks for one that cannot be.
@@ -187,6 +188,7 @@ def _skeleton(
         plans=plans,
         source=None,
         record={},
+        shared=tie(tree, specializers, heads),
     )
 
 

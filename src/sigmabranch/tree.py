@@ -19,6 +19,9 @@ NodeId: TypeAlias = tuple[int, ...]
 
 ENTRIES = ("project", "gather", "inner")
 
+# Ends the name of what siblings share, where theirs end with their number.
+SHARED = "shared"
+
 # A balanced binary tree of this depth has as many leaves as a balanced tree may have.
 _DEEPEST = 10
 _MOST_LEAVES = 2**_DEEPEST
@@ -27,6 +30,16 @@ _MOST_LEAVES = 2**_DEEPEST
 def node_key(node: NodeId) -> str:
     """The node's name in files and module paths: ``"root"``, ``"0"``, ``"0-1"``."""
     return "-".join(map(str, node)) or "root"
+
+
+def shared_key(node: NodeId) -> str:
+    """The name of what the children of ``node`` share: ``"shared"``, ``"0-shared"``."""
+    return "-".join((*map(str, node), SHARED))
+
+
+def is_shared(key: str) -> bool:
+    """Whether a key names what siblings share, not a node that an input comes to."""
+    return key.rpartition("-")[2] == SHARED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +69,9 @@ class TreeSpec:
             is known before the trunk has ended; None lets each read its own node's output (paper).
         trunk_share: share of the trunk's channels that stays, of those that do not leave it; the
             trunk does most of a path's arithmetic. None keeps them all (paper).
+        tied: share of the channels of each specializer's layers whose filters are one tensor for
+            all siblings: trained by all samples, stored once. Siblings then hold the same channels
+            of the dense network. 0 ties none (paper).
     """
 
     leaves: tuple[NodeId, ...] = ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -69,6 +85,7 @@ class TreeSpec:
     heads: tuple[float, ...] | None = None
     decide_after: str | None = None
     trunk_share: float | None = None
+    tied: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("leaves", "widths", "cuts", "shares", "heads"):
@@ -94,6 +111,8 @@ class TreeSpec:
             raise ConfigError("tree round_to and projection_dim must be at least 1")
         if self.trunk_share is not None and not 0 < self.trunk_share <= 1:
             raise ConfigError("tree trunk_share must lie in (0, 1]")
+        if not 0 <= self.tied <= 1:
+            raise ConfigError(f"tree tied must lie in [0, 1], got {self.tied}")
         if not 0 <= self.projection_dropout < 1:
             raise ConfigError("tree projection_dropout must lie in [0, 1)")
 
@@ -133,6 +152,27 @@ class TreeSpec:
     def specializers(self) -> tuple[NodeId, ...]:
         """Every node but the trunk, level by level."""
         return tuple(sorted({*self.inner, *self.leaves} - {()}, key=lambda node: (len(node), node)))
+
+    @property
+    def sharing(self) -> tuple[NodeId, ...]:
+        """The nodes whose children share tensors: all inner nodes, or none."""
+        return self.inner if self.tied else ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of all nodes, level by level, what siblings share before the siblings."""
+        keys = [node_key(())]
+        for node in self.specializers:
+            if node[-1] == 0 and self.sharing:
+                keys.append(shared_key(node[:-1]))
+            keys.append(node_key(node))
+        return tuple(keys)
+
+    def keys_to(self, leaf: NodeId) -> tuple[str, ...]:
+        """Those of :attr:`keys` that an input reads which ends in ``leaf``."""
+        own = {node_key(leaf[:level]) for level in range(len(leaf) + 1)}
+        shared = {shared_key(node) for node in self.sharing if leaf[: len(node)] == node}
+        return tuple(key for key in self.keys if key in own | shared)
 
     def children(self, node: NodeId) -> tuple[NodeId, ...]:
         """The nodes right below ``node``, left to right; none below a leaf."""
@@ -190,7 +230,10 @@ class TreeSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; :meth:`from_dict` is its inverse."""
-        return {name: to_fields(value) for name, value in asdict(self).items()}
+        fields = {name: to_fields(value) for name, value in asdict(self).items()}
+        if not self.sharing:  # files of such trees are as old as the format
+            del fields["tied"]
+        return fields
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> TreeSpec:

@@ -30,6 +30,7 @@ from sigmabranch.deploy.simulate import (
 )
 from sigmabranch.errors import ConfigError
 from sigmabranch.sizes import byte_count
+from sigmabranch.tree import is_shared
 
 RATES = ("25MB", "50MB", "100MB", "200MB", "400MB", "800MB", "1600MB", "12800MB")
 BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -99,7 +100,7 @@ def _measured(package: Package) -> Callable[[Segment], float]:
     x = torch.zeros(package.input_shape)
     with Runtime.open(package.folder) as runtime:
         traces = [runtime.predict(x).trace for _ in range(WARM + TIMED)][WARM:]
-    path = package.path(traces[0].leaf)
+    path = [node for node in package.path(traces[0].leaf) if not is_shared(node.key)]
     macs = [sum(block.macs for block in node.blocks) for node in path]
     ms = [min(trace.node(node.key).compute_ms for trace in traces) for node in path]
     pace = [took / max(done, 1) for took, done in zip(ms, macs, strict=True)]

@@ -130,6 +130,9 @@ class ChannelChoice:
     ) -> list[list[NodeChannels]]:
         """Each branch's channels, level by level.
 
+        Branches that share filters hold the same channels: those that do most on average over the
+        clusters, each counting alike.
+
         Args:
             branches: K.
             levels: those below the node.
@@ -137,6 +140,21 @@ class ChannelChoice:
             given: of a residual stream, the channels that the node has; None for all.
             generator: level → randomness.
         """
+        if self.tree.sharing:
+            alike = {name: mean.mean(0, keepdim=True) for name, mean in means.items()}
+            return [
+                self._for_branches(1, levels, alike, given, generator)[0] for _ in range(branches)
+            ]
+        return self._for_branches(branches, levels, means, given, generator)
+
+    def _for_branches(
+        self,
+        branches: int,
+        levels: range,
+        means: Means,
+        given: Sequence[int] | None,
+        generator: Callable[[int], torch.Generator],
+    ) -> list[list[NodeChannels]]:
         chosen: dict[int, list[Selection]] = {}
         for level in levels:
             # A leaf runs several levels: what it has gathered once is all that it has.
@@ -177,7 +195,11 @@ class ChannelChoice:
             found = select_evenly(len(candidates), width, branches)
         else:
             mean_KU = unit_means(means[self.outputs[level]], unit_C)[:, candidates]
-            found = select_by_activation(mean_KU, width, self.spec.shared_fraction)
+            found = (
+                [Selection(shared=top_units(mean_KU[0], width), specific=())]
+                if branches == 1
+                else select_by_activation(mean_KU, width, self.spec.shared_fraction)
+            )
         return [selection.among(candidates) for selection in found]
 
     def _inside(self, branches: int, branch: int, level: int, means: Means) -> dict[str, list[int]]:

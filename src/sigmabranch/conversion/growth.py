@@ -39,8 +39,9 @@ from sigmabranch.conversion.shards import Loader, Shards
 from sigmabranch.conversion.walk import Walk
 from sigmabranch.coupling import SlicePlan, fingerprint, trace
 from sigmabranch.errors import ConfigError, ConversionError, DataError
-from sigmabranch.net import SigmaBranchNet
+from sigmabranch.net import SigmaBranchNet, split_trunk
 from sigmabranch.routing import Router
+from sigmabranch.shared import tie
 from sigmabranch.tree import NodeId, TreeSpec, node_key
 
 Progress = Callable[[str, int, int], None]
@@ -423,7 +424,14 @@ class Growth:
         return found
 
     def finished(self) -> SigmaBranchNet:
-        """The branched network, with everything that was decided."""
+        """The branched network, with everything that was decided.
+
+        Raises:
+            ConversionError: siblings cannot share what the tree says.
+        """
+        shared = tie(self.tree, self.walk.specializers, self.heads)
+        if shared and self.verified:
+            self._check_tied()
         return SigmaBranchNet(
             tree=self.tree,
             trunk=self.trunk,
@@ -433,6 +441,7 @@ class Growth:
             plans=self.plans,
             source=self.backbone.source,
             record=self.record.to_dict(),
+            shared=shared,
         ).eval()
 
     def single_path(self, lineage: Sequence[NodeChannels]) -> SigmaBranchNet:
@@ -461,6 +470,18 @@ class Growth:
             source=self.backbone.source,
             record=self.record.to_dict(),
         ).eval()
+
+    def _check_tied(self) -> None:
+        """Run everything once: a network's own code may look into layers that are tied now."""
+        until, rest = split_trunk(self.trunk, self.tree.decide_after)
+        features: dict[NodeId, Any] = {(): rest(until(self.example))}
+        try:
+            for node in self.tree.specializers:
+                features[node] = self.walk.specializers[node](features[node[:-1]])
+        except AttributeError as error:
+            raise ConversionError(
+                f"a module reads a layer that siblings share ({error}): set tree tied=0"
+            ) from error
 
     def stream(self, what: str, samples: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's part of the calibration data, with its progress told."""

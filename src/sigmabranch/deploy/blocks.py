@@ -1,7 +1,8 @@
 """A network as what a device runs: nodes, each a row of blocks whose weights arrive together.
 
 A dense network is a tree of one node. Blocks are the unit of storage: one contiguous stretch of a
-node's file, read in one go, run as soon as it is there.
+node's file, read in one go, run as soon as it is there. What siblings share is a node whose blocks
+are not run: those of the siblings that have the same names borrow their tensors.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -17,7 +18,8 @@ from sigmabranch.backbones import Backbone
 from sigmabranch.deploy.fold import Pair, fold, foldable
 from sigmabranch.errors import ConfigError, ConversionError
 from sigmabranch.net import SigmaBranchNet
-from sigmabranch.tree import node_key
+from sigmabranch.shared import shared_tensors, with_shared
+from sigmabranch.tree import node_key, shared_key
 
 # Shorter stretches are read at a fraction of a storage's speed.
 MIN_BLOCK_BYTES = 256 * 1024
@@ -32,13 +34,24 @@ class Block:
         name: unique within the node; :data:`ROUTER` for a router.
         module: feature → feature; of the last block of a leaf, feature → (B, V) logits; of a
             router, feature → (B, K) log p.
+        shared: it is stored for what siblings share of the module, not for what each has alone.
     """
 
     name: str
     module: nn.Module
+    shared: bool = False
 
     def tensors(self) -> dict[str, Tensor]:
         """What must be stored of it."""
+        borrowed = shared_tensors(self.module)
+        return {
+            name: tensor
+            for name, tensor in self.reads().items()
+            if (name in borrowed) == self.shared
+        }
+
+    def reads(self) -> dict[str, Tensor]:
+        """What its module runs on, what siblings share included."""
         return {
             name: tensor
             for name, tensor in self.module.state_dict().items()
@@ -51,8 +64,8 @@ class Node:
     """One node of the tree: its body, and its router if it decides.
 
     Attributes:
-        key: ``"root"``, ``"0"``, ``"0-1"``, …
-        body: run in order.
+        key: ``"root"``, ``"0"``, ``"0-1"``, …; ``"shared"``, ``"0-shared"``, …
+        body: run in order; of what siblings share, never run by itself.
         router: the router, or None.
         decides_after: so many blocks of the body run before the router; 0 below the root where the
             routers read what the root's reads.
@@ -97,25 +110,45 @@ def folded_nodes(model: SigmaBranchNet | Backbone) -> list[Node]:
         ConfigError: the network computes tensors when it is made that it does not save.
         ConversionError: two modules of a node would be stored under one name.
     """
-    nodes = []
+    nodes = {}
     for key, parts in node_parts(model).items():
-        body, router = (copy.deepcopy(part).cpu() if part is not None else None for part in parts)
+        body, router = (copy.deepcopy(part) if part is not None else None for part in parts)
         assert body is not None
+        with_shared(body).cpu()
         pairs = tuple(foldable(body.eval()))
         fold(body, pairs)
-        nodes.append(_node(key, body, router, pairs, _early(model)))
-    return nodes
+        router = None if router is None else router.cpu()
+        nodes[key] = _node(key, body, router, pairs, _early(model))
+    return _with_shared_nodes(model, nodes)
 
 
 def folded_skeleton(
     model: SigmaBranchNet | Backbone, folded: Mapping[str, tuple[Pair, ...]]
 ) -> list[Node]:
     """The nodes of a network without values (meta device), folded as a package says."""
-    nodes = []
+    nodes = {}
     for key, (body, router) in node_parts(model).items():
-        fold(body.eval(), folded[key])
-        nodes.append(_node(key, body, router, folded[key], _early(model)))
-    return nodes
+        fold(with_shared(body).eval(), folded[key])
+        nodes[key] = _node(key, body, router, folded[key], _early(model))
+    return _with_shared_nodes(model, nodes)
+
+
+def _with_shared_nodes(model: SigmaBranchNet | Backbone, nodes: Mapping[str, Node]) -> list[Node]:
+    """All nodes in the order of their storage, with those of what siblings share."""
+    if isinstance(model, Backbone):
+        return [*nodes.values()]
+    found = {**nodes}
+    for parent in model.tree.sharing:
+        first = nodes[node_key(model.tree.children(parent)[0])]
+        blocks = [replace(block, shared=True) for block in first.body]
+        found[shared_key(parent)] = Node(
+            key=shared_key(parent),
+            body=tuple(block for block in blocks if block.tensors()),
+            router=None,
+            decides_after=0,
+            folded=(),
+        )
+    return [found[key] for key in model.tree.keys]
 
 
 def _early(model: SigmaBranchNet | Backbone) -> str | None:
@@ -175,7 +208,10 @@ def _belongs(name: str, module: str) -> bool:
 
 
 def _grouped(members: Iterable[tuple[str, nn.Module]]) -> Iterator[Block]:
-    """Blocks of at least :data:`MIN_BLOCK_BYTES` where there is so much."""
+    """Blocks of at least :data:`MIN_BLOCK_BYTES` where there is so much.
+
+    What siblings share counts, so that siblings begin their blocks at the same modules.
+    """
     group: OrderedDict[str, nn.Module] = OrderedDict()
     for name, module in members:
         if _bytes(group.values()) >= MIN_BLOCK_BYTES and _bytes([module]):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,6 +25,7 @@ from sigmabranch.deploy.program import Program
 from sigmabranch.deploy.segment import Segment
 from sigmabranch.errors import ConfigError
 from sigmabranch.sizes import byte_count
+from sigmabranch.tree import is_shared
 
 # What cuDNN and cuBLAS want their operands to begin at.
 _ALIGN = 256
@@ -80,7 +82,7 @@ def siblings_in_order(package: Package, program: Program) -> list[dict[str, Segm
         ConfigError: leaves at several levels, or nodes of one level with different stretches.
     """
     by_depth: dict[int, list[str]] = {}
-    for key in package.nodes:
+    for key in filterfalse(is_shared, package.nodes):
         by_depth.setdefault(len(ancestry(key)), []).append(key)
     for keys in by_depth.values():
         if len({tuple(map(program.is_router, program.of(key))) for key in keys}) > 1:
@@ -202,13 +204,12 @@ class GpuPath:
         }
         for siblings in self._levels:
             layouts = []
-            for key, segment in siblings.items():
-                part = contents[key][segment.offset : segment.offset + segment.bytes]
+            for segment in siblings.values():
                 is_router = self._program.is_router(segment)
                 dtype = torch.float32 if is_router else self._dtype
                 tensors = {
                     name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-                    for name, tensor in segment.tensors(part).items()
+                    for name, tensor in self._stored(segment, contents).items()
                 }
                 layouts.append(_layout(tensors))
                 host = torch.empty(_length(layouts[-1]), dtype=torch.uint8, pin_memory=True)
@@ -218,6 +219,14 @@ class GpuPath:
             if any(layout != layouts[0] for layout in layouts):
                 raise ConfigError(_DIFFERENT)
             self._layouts.append(layouts[0])
+
+    def _stored(self, segment: Segment, contents: Mapping[str, memoryview]) -> dict[str, Tensor]:
+        """A stretch's tensors, with what it shares with its siblings beside them."""
+        tensors: dict[str, Tensor] = {}
+        for part in (*self._program.needs.get(segment, ()), segment):
+            memory = contents[part.node][part.offset : part.offset + part.bytes]
+            tensors |= part.tensors(memory)
+        return tensors
 
     def _count_within(self, stays: int) -> int:
         """How many of the trunk's first stretches fit into ``stays`` bytes."""

@@ -35,7 +35,7 @@ from sigmabranch.fields import from_fields
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.saving import dense_skeleton, net_skeleton
 from sigmabranch.seals import json_bytes, sealed
-from sigmabranch.tree import TreeSpec, node_key
+from sigmabranch.tree import TreeSpec, is_shared, node_key
 
 FORMAT, SCHEMA = "sigmabranch-package", 1
 # Folding rounds anew; a wrong fold is off by far more.
@@ -47,7 +47,8 @@ class StoredNode:
     """One node's file.
 
     Attributes:
-        key: ``"root"``, ``"0"``, ``"0-1"``, …
+        key: ``"root"``, ``"0"``, ``"0-1"``, …; ``"shared"``, ``"0-shared"``, … for what the
+            children of a node share
         file: name in the package's folder.
         bytes: length of the file.
         sha256: of the file.
@@ -185,8 +186,11 @@ def _checked(
         The number of classes, and the multiply-adds of each block.
     """
     outputs: dict[str, Any] = {}
-    seen, macs = None, {}
-    for node, (body, _) in zip(nodes, node_parts(model).values(), strict=True):
+    seen: Any = None
+    macs: dict[Block, int] = {}
+    macs.update((block, 0) for node in nodes if is_shared(node.key) for block in node.blocks)
+    own = [node for node in nodes if not is_shared(node.key)]
+    for node, (body, _) in zip(own, node_parts(model).values(), strict=True):
         found = feature = example if node.key == "root" else outputs[parent(node.key)]
         expected = outputs[node.key] = body.eval()(feature)
         for number, block in enumerate(node.body, start=1):
@@ -279,10 +283,10 @@ class Package:
 
     def _check_tree(self, keys: Sequence[str]) -> None:
         """Raise :class:`ConfigError` unless these are the nodes of the network's tree, in order."""
-        expected = ["root"]
+        expected: tuple[str, ...] = ("root",)
         if self.network.get("kind") == "branched":
-            expected += map(node_key, TreeSpec.from_dict(self.network["tree"]).specializers)
-        if list(keys) != expected:
+            expected = TreeSpec.from_dict(self.network["tree"]).keys
+        if tuple(keys) != expected:
             raise ConfigError("its nodes are not those of its tree")
 
     def verify(self) -> None:
@@ -338,8 +342,13 @@ class Package:
         return _leaves(self.nodes)
 
     def path(self, leaf: str) -> tuple[StoredNode, ...]:
-        """The nodes from the root to ``leaf``."""
-        return tuple(self.nodes[key] for key in ancestry(leaf))
+        """The nodes from the root to ``leaf``, with what each shares with its siblings."""
+        passed = set(ancestry(leaf))
+        return tuple(
+            node
+            for key, node in self.nodes.items()
+            if key in passed or (is_shared(key) and parent(key) in passed)
+        )
 
     def path_bytes(self, leaf: str) -> int:
         """What a prediction reads that ends in ``leaf``, with nothing in memory."""
@@ -347,7 +356,7 @@ class Package:
 
 
 def parent(key: str) -> str:
-    """The node above a node."""
+    """The node above a node, or above those that share something."""
     return key.rpartition("-")[0] or "root"
 
 
@@ -364,7 +373,7 @@ def ancestry(key: str) -> tuple[str, ...]:
 def _leaves(keys: Iterable[str]) -> tuple[str, ...]:
     keys = tuple(keys)
     parents = {parent(key) for key in keys if key != "root"}
-    return tuple(key for key in keys if key not in parents)
+    return tuple(key for key in keys if key not in parents and not is_shared(key))
 
 
 def _checked_shape(shape: Sequence[Any]) -> tuple[int, ...]:

@@ -35,19 +35,19 @@ class Planner:
 
     def known(self, route: Sequence[str]) -> None:
         """The current input passes the nodes of ``route``, root first, and maybe others below."""
-        certain = [s for s in self._program.steps(tuple(route)) if s not in self._done]
-        now = self._prior.nodes(given=route[-1])
+        certain = [s for s in self._program.reads(tuple(route)) if s not in self._done]
+        now = self._program.likely(self._prior.nodes(given=route[-1]))
         likely = self._likely(route[-1], certain, now) if self._prefetch else []
         self._residency.want(
             certain,
             likely,
             likely_probability=now,
-            next_probability=self._prior.following(route[-1]),
+            next_probability=self._program.likely(self._prior.following(route[-1])),
         )
 
     def ran(self, segment: Segment, seconds: float) -> None:
         """A segment was computed in so many seconds."""
-        self._done.add(segment)
+        self._done.update((segment, *self._program.needs.get(segment, ())))
         self._seconds[segment] = seconds
 
     def ended(self, leaf: str | None) -> None:
@@ -55,7 +55,7 @@ class Planner:
         self._done.clear()
         if leaf is not None:
             self._prior.saw(leaf)
-        nodes = self._prior.nodes()
+        nodes = self._program.likely(self._prior.nodes())
         self._residency.want((), (), likely_probability={}, next_probability=nodes)
 
     def _likely(
@@ -68,7 +68,12 @@ class Planner:
             computing - self._load_seconds(certain),
             lambda node: self._load_seconds(self._program.of(node)),
         )
-        return [segment for node in nodes for segment in self._program.of(node)]
+        return [
+            part
+            for node in nodes
+            for segment in self._program.of(node)
+            for part in (*self._program.needs.get(segment, ()), segment)
+        ]
 
     def _load_seconds(self, segments: Sequence[Segment]) -> float:
         rate = self.bytes_per_second

@@ -17,7 +17,7 @@ from __future__ import annotations
 import mmap
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
@@ -57,13 +57,23 @@ class Residency:
     Args:
         segments: all of them, parents before children.
         budget: bytes; those of segments on their way count.
+        needs: segment → others that must be in memory while it runs, and run with none else.
 
     Raises:
         ConfigError: the budget is too small to run at all.
     """
 
-    def __init__(self, segments: Sequence[Segment], budget: int) -> None:
-        least = max(segment.bytes for segment in segments)
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        budget: int,
+        needs: Mapping[Segment, Sequence[Segment]] | None = None,
+    ) -> None:
+        self._needs = needs or {}
+        least = max(
+            sum(part.bytes for part in (segment, *self._needs.get(segment, ())))
+            for segment in segments
+        )
         if budget < least:
             raise ConfigError(
                 f"a budget of {budget:,} bytes is too small: this package needs at least {least:,}"
@@ -267,7 +277,9 @@ class Residency:
         """
         if segment not in self._certain:
             return False
+        together = self._needs.get(segment, ())
         before = self._certain[: self._certain.index(segment)]
+        before = [other for other in before if other not in together]
         ahead = {s for s in before if self._held[s].status is _Status.READY}
         if sum(s.bytes for s in ahead) < self._window:
             return False

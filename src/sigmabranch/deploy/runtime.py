@@ -129,7 +129,7 @@ class Runtime(Closing):
         segments = self._program.segments
         everything = sum(segment.bytes for segment in segments)
         self.budget = everything if budget is None else byte_count(budget)
-        self._residency = Residency(segments, self.budget)
+        self._residency = Residency(segments, self.budget, self._program.needs)
         self._stream = stream
         prior: Prior = LeafPrior(package.leaves, package.usage)
         if stream is not None and package.class_share and len(package.leaves) > 1:
@@ -233,18 +233,19 @@ class Runtime(Closing):
         return feature[0].clone()
 
     def _run(self, segment: Segment, feature: Any, trace: Trace) -> Any:
-        entry = trace.node(segment.node)
-        entry.bytes += segment.bytes
-        with milliseconds(entry, "wait_ms"):
-            tensors = self._residency.acquire(segment)
-        try:
+        with ExitStack() as held:
+            tensors: dict[str, Tensor] = {}
+            for part in (*self._program.needs.get(segment, ()), segment):
+                entry = trace.node(part.node)
+                entry.bytes += part.bytes
+                with milliseconds(entry, "wait_ms"):
+                    tensors |= self._residency.acquire(part)
+                held.callback(self._residency.release, part)
             began = time.perf_counter()
             with milliseconds(entry, "compute_ms"):
                 out = self._engine.run(segment, tensors, feature)
             self._planner.ran(segment, time.perf_counter() - began)
             return out
-        finally:
-            self._residency.release(segment)
 
     def _account(self, trace: Trace) -> None:
         """What was read since the input came, and what for."""

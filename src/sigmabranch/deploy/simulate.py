@@ -21,13 +21,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from sigmabranch.deploy.package import Package, ancestry
+from sigmabranch.deploy.package import Package, ancestry, parent
 from sigmabranch.deploy.planner import Planner
 from sigmabranch.deploy.prior import LeafPrior
 from sigmabranch.deploy.program import Program
 from sigmabranch.deploy.residency import Residency
 from sigmabranch.deploy.segment import Segment
 from sigmabranch.deploy.storage import checksum
+from sigmabranch.tree import is_shared
 
 _CHECKED = 8 << 20
 
@@ -137,14 +138,16 @@ def path_steps(
     """
     program = Program(package)
     steps, held = [], 0
-    for segment in program.steps(ancestry(leaf)):
+    for segment in program.reads(ancestry(leaf)):
         held += segment.bytes
+        # What siblings share is known to be needed with their parent.
+        node = parent(segment.node) if is_shared(segment.node) else segment.node
         steps.append(
             Step(
                 bytes=0 if held <= resident_bytes else segment.bytes,
                 seconds=seconds(segment),
                 decides=program.is_router(segment),
-                after=0 if foreseen else len(ancestry(segment.node)) - 1,
+                after=0 if foreseen else len(ancestry(node)) - 1,
             )
         )
     return steps
@@ -159,16 +162,19 @@ def streamed_bytes(package: Package, budget: int, leaves: Iterable[str]) -> list
         ConfigError: a budget too small to run at all.
     """
     program = Program(package)
-    residency = Residency(program.segments, budget)
+    residency = Residency(program.segments, budget, program.needs)
     planner = Planner(program, LeafPrior(package.leaves, package.usage), residency, prefetch=False)
     counts = []
     for leaf in leaves:
         path, route = ancestry(leaf), ["root"]
         planner.known(route)
         for segment in program.steps(route):
-            _load_due(residency)
-            residency.acquire(segment)
-            residency.release(segment)
+            parts = (*program.needs.get(segment, ()), segment)
+            for part in parts:
+                _load_due(residency)
+                residency.acquire(part)
+            for part in parts:
+                residency.release(part)
             planner.ran(segment, 0.0)
             if program.is_router(segment):
                 route.append(path[len(route)])

@@ -20,6 +20,7 @@ from sigmabranch.deploy.blocks import Block
 from sigmabranch.deploy.storage import PAGE, checksum
 from sigmabranch.errors import CheckpointError, ConfigError
 from sigmabranch.fields import from_fields
+from sigmabranch.shared import shared_tensors
 
 _ALIGN = 64
 _DTYPES = {
@@ -142,7 +143,9 @@ def layout(
             )
         _pad(data, PAGE, entries)
         if len(data) == start:
-            raise CheckpointError(f"block {block.name} holds no weights: nothing to store")
+            if not shared_tensors(block.module):
+                raise CheckpointError(f"block {block.name} holds no weights: nothing to store")
+            _fill(data, PAGE, entries)  # siblings share all of it, but it has its place
         placed.append((block, start, len(data), tuple(tensors)))
     head = _header(entries)
     table = tuple(
@@ -168,7 +171,10 @@ def _stored_form(module: nn.Module, name: str, tensor: Tensor) -> tuple[Tensor, 
 
 
 def _pad(data: bytearray, multiple: int, entries: dict[str, Any]) -> None:
-    gap = -len(data) % multiple
+    _fill(data, -len(data) % multiple, entries)
+
+
+def _fill(data: bytearray, gap: int, entries: dict[str, Any]) -> None:
     if gap:
         begin = len(data)
         data += bytes(gap)

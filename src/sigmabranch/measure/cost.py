@@ -10,7 +10,7 @@ import copy
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,8 +78,11 @@ def cost(model: nn.Module, example: Tensor, *, dense: nn.Module | None = None) -
 
 def count_parameters(modules: Iterable[nn.Module]) -> int:
     """Elements of all parameters, one that several modules share counting once."""
-    unique = {id(p): p.numel() for module in modules for p in module.parameters()}
-    return sum(unique.values())
+    return _elements(p for module in modules for p in module.parameters())
+
+
+def _elements(parameters: Iterable[nn.Parameter]) -> int:
+    return sum({id(p): p.numel() for p in parameters}.values())
 
 
 def _dense_cost(model: nn.Module, example: Tensor) -> dict[str, Any]:
@@ -96,7 +99,7 @@ def _dense_cost(model: nn.Module, example: Tensor) -> dict[str, Any]:
 
 
 def _net_cost(net: SigmaBranchNet, example: Tensor) -> dict[str, Any]:
-    node_params = {node: count_parameters(net.node_modules(node)) for node in net.nodes}
+    node_params = {key: _elements(own) for key, own in net.node_parameters().items()}
     node_macs: dict[NodeId, int] = {}
     paths: dict[str, dict[str, int]] = {}
     counted: dict[Any, tuple[Counter[str], int]] = {}
@@ -112,12 +115,12 @@ def _net_cost(net: SigmaBranchNet, example: Tensor) -> dict[str, Any]:
             for node in passed:
                 node_macs[node] = sum(macs[names[id(m)]] for m in network.node_modules(node))
             paths[node_key(leaf)] = {
-                "active_params": sum(node_params[node] for node in passed),
+                "active_params": sum(node_params[key] for key in net.tree.keys_to(leaf)),
                 "macs": macs[""],
                 "macs_flop_counter": products,
                 "flops_doubled": macs[""] + products,
             }
-    total = count_parameters([net])
+    total = sum(node_params.values())
     worst = {key: max(path[key] for path in paths.values()) for key in next(iter(paths.values()))}
     return {
         "net": {
@@ -128,17 +131,24 @@ def _net_cost(net: SigmaBranchNet, example: Tensor) -> dict[str, Any]:
             "bytes_per_path": _bytes(worst["active_params"]),
         },
         "paths": paths,
-        "nodes": [
-            {
-                "node": node_key(node),
-                "level": len(node),
-                "width": _width(net, node),
-                "params": node_params[node],
-                "macs": node_macs[node],
-            }
-            for node in net.nodes
-        ],
+        "nodes": list(_rows(net, node_params, node_macs)),
     }
+
+
+def _rows(
+    net: SigmaBranchNet, node_params: Mapping[str, int], node_macs: Mapping[NodeId, int]
+) -> Iterator[dict[str, Any]]:
+    """One row per node; what siblings share is computed by each of them."""
+    nodes = {node_key(node): node for node in net.nodes}
+    for key in net.tree.keys:
+        node = nodes.get(key)
+        yield {
+            "node": key,
+            "level": key.count("-") + (key != node_key(())),
+            "width": None if node is None else _width(net, node),
+            "params": node_params[key],
+            "macs": 0 if node is None else node_macs[node],
+        }
 
 
 def _form(model: nn.Module) -> tuple[str, tuple[torch.Size, ...]]:

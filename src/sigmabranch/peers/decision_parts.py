@@ -89,8 +89,14 @@ def own_parts(tree: TreeSpec, spec: ModelSpec, levels: Levels, blank: Tensor) ->
 
 
 def tree_parts(net: SigmaBranchNet) -> Parts:
-    """All of a branched network but its routers, for which decision nodes stand in."""
+    """All of a branched network but its routers, for which decision nodes stand in.
+
+    Raises:
+        ConfigError: its siblings share tensors.
+    """
     tree = net.tree
+    if tree.sharing:
+        raise ConfigError("the siblings of a DecisioNet share no tensors: set tree.tied=0")
     return Parts(
         trunk=net.trunk,
         specializers={node: net.specializer(node) for node in tree.specializers},

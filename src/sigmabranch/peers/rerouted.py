@@ -199,6 +199,7 @@ class FlatNet(SigmaBranchNet):
             plans=net.plans,
             source=net.source,
             record=net.record,
+            shared={node: net.shared[node_key(node)] for node in tree.sharing},
         )
 
     @torch.no_grad()

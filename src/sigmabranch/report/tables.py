@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, TypeAlias
 
+from sigmabranch.tree import is_shared
+
 NOTHING, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 Show: TypeAlias = Callable[[float], str]
@@ -201,7 +203,8 @@ def node_table(cost: Mapping[str, Any], usage: Mapping[str, float] | None = None
     def share(key: str) -> str:
         if usage is None:
             return NOTHING
-        below = [part for leaf, part in usage.items() if _is_below(leaf, key)]
+        passed = (key.rpartition("-")[0] or "root") if is_shared(key) else key
+        below = [part for leaf, part in usage.items() if _is_below(leaf, passed)]
         return f"{100 * sum(below):.1f}%"
 
     rows = tuple(

@@ -18,6 +18,7 @@ from matplotlib.path import Path
 from sigmabranch.report import style
 from sigmabranch.report.style import house_style
 from sigmabranch.report.tables import short
+from sigmabranch.tree import is_shared
 
 _BOX_WIDTH, _BOX_HEIGHT = 1.62, 0.72
 _COLUMN, _ROW = 2.62, 0.92
@@ -60,7 +61,8 @@ class _River:
     """Where each node lies, and how much flows through it."""
 
     def __init__(self, rows: Any, usage: Mapping[str, float] | None) -> None:
-        self.rows = {row["node"]: row for row in rows}
+        # What siblings share is no place that an input comes to.
+        self.rows = {row["node"]: row for row in rows if not is_shared(row["node"])}
         self.usage = usage
         self.leaves = sorted(
             (key for key in self.rows if not self.children(key)),

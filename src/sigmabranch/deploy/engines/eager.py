@@ -25,7 +25,7 @@ class EagerEngine:
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self._blocks = {
-            (node.key, block.name): (block.module, tuple(block.tensors()))
+            (node.key, block.name): (block.module, tuple(block.reads()))
             for node in nodes
             for block in node.blocks
         }
@@ -34,6 +34,6 @@ class EagerEngine:
         """Feature → feature, logits or log p, as the segment's blocks compute it."""
         with torch.inference_mode():
             for name in segment.names:
-                module, own = self._blocks[segment.node, name]
-                feature = functional_call(module, {key: tensors[key] for key in own}, (feature,))
+                module, read = self._blocks[segment.node, name]
+                feature = functional_call(module, {key: tensors[key] for key in read}, (feature,))
         return feature

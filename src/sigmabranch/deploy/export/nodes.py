@@ -2,7 +2,7 @@
 
 A node reads its parent's feature and gives its own and its router's log p, or a leaf's logits.
 With early decision the part ``decide`` comes first: it gives the feature that all routers read, and
-what they say.
+what they say. What siblings share is written with each of them, for a part runs on its own.
 
 Shapes: I inner nodes, K branches, V classes.
 """
@@ -26,6 +26,7 @@ from sigmabranch.deploy.export.staging import listing
 from sigmabranch.deploy.fold import fold, foldable
 from sigmabranch.net import SigmaBranchNet, is_branched
 from sigmabranch.routing import stacked
+from sigmabranch.shared import with_shared
 from sigmabranch.tree import NodeId, node_key
 
 SCHEMA = 1
@@ -136,7 +137,8 @@ def node_parts(net: SigmaBranchNet, sample: Tensor) -> Iterator[Part]:
     yield root
     features: dict[NodeId, Any] = {(): root.passed}
     for node in net.tree.specializers:
-        feature, body = features[node[:-1]], [net.specializer(node)]
+        feature = features[node[:-1]]
+        body = [with_shared(copy.deepcopy(net.specializer(node)))]
         if node in net.tree.leaves:
             yield _part(node_key(node), [*body, net.head(node)], feature, names=("logits",))
             continue

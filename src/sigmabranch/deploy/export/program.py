@@ -39,7 +39,7 @@ class HardPath(nn.Module):
         super().__init__()
         self.tree, self.early = net.tree, net.early
         self.trunk, self.specializers = net.trunk, net.specializers
-        self.routers, self.heads = net.routers, net.heads
+        self.routers, self.heads, self.shared = net.routers, net.heads, net.shared
         self.eval()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
