@@ -1,8 +1,11 @@
-"""What siblings share: filters, scales and shifts that are one tensor for all children of a node.
+"""What siblings share: tensors that are one for all children of a node.
 
 A tied layer makes its first channels with filters that all siblings share, and the rest with its
 own. The outputs are put side by side, so that no weights are assembled when it runs. Shared filters
 read all of a layer's input, so all siblings hold the same channels of the dense network.
+
+Where layers are shared as a whole, each sibling adds a product of two thin layers of its own (a
+delta of low rank: Hu et al., 2022), which is nothing at first; norms stay its own.
 """
 
 from __future__ import annotations
@@ -66,6 +69,24 @@ class TiedLayer(Sibling):
         if self.split is not None:
             first, rest = x.tensor_split([self.split], dim=self.dim)
         return torch.cat([self.shared(first), self.own(rest)], dim=self.dim)
+
+
+class DeltaLayer(Sibling):
+    """A convolution or linear layer that all siblings share, and what this one adds to it.
+
+    Args:
+        shared: the whole layer.
+        down: what this one reads, in few channels.
+        up: from those to all output channels.
+    """
+
+    def __init__(self, shared: nn.Module, down: nn.Module, up: nn.Module) -> None:
+        super().__init__(shared)
+        self.down, self.up = down, up
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the whole layer."""
+        return self.shared(x) + self.up(self.down(x))
 
 
 class Affine(nn.Module):
@@ -135,18 +156,23 @@ def _tie_children(
     specializers: Mapping[NodeId, nn.Module],
     heads: Mapping[NodeId, nn.Module],
 ) -> nn.ModuleDict:
-    siblings = [specializers[child] for child in tree.children(node)]
+    children = tree.children(node)
+    parts = {"": [specializers[child] for child in children]}
+    if tree.delta and all(child in heads for child in children):
+        parts["head-"] = [heads[child] for child in children]
     shared: dict[str, nn.Module] = {}
-    for path, layers in _common_layers(siblings):
-        tied = _tied(layers, tree.tied)
-        if tied:
-            shared[path.replace(".", "-")] = tied[0].shared
-            for sibling, layer in zip(siblings, tied, strict=True):
-                sibling.set_submodule(path, layer)
+    for prefix, siblings in parts.items():
+        for path, layers in _common_layers(siblings):
+            made = _with_deltas(layers, tree.delta) if tree.delta else _tied(layers, tree.tied)
+            if made:
+                shared[prefix + path.replace(".", "-")] = made[0].shared
+                for sibling, layer in zip(siblings, made, strict=True):
+                    sibling.set_submodule(path, layer)
     if not shared:
+        setting = f"delta={tree.delta}" if tree.delta else f"tied={tree.tied}"
         raise ConversionError(
-            f"tree tied={tree.tied} leaves the children of {node_key(node)} no channel to share: "
-            "raise it, or set tied=0"
+            f"tree {setting} leaves the children of {node_key(node)} nothing to share: "
+            f"{'lower' if tree.delta else 'raise'} it, or set it to 0"
         )
     return nn.ModuleDict(shared)
 
@@ -174,6 +200,37 @@ def _common_layers(siblings: Sequence[nn.Module]) -> Iterator[tuple[str, list[An
         found = [dict(sibling.named_modules()).get(path) for sibling in siblings]
         if all(type(other) is type(module) for other in found):
             yield path, found
+
+
+def _with_deltas(layers: Sequence[Any], rank: int) -> list[Sibling]:
+    """Siblings' layers as one with deltas; none where those would be no smaller than the layer."""
+    if isinstance(layers[0], _NORMS):
+        return []
+    thin = [_thin(layer, rank) for layer in layers]
+    if sum(part.weight.numel() for part in thin[0]) >= layers[0].weight.numel():
+        return []
+    shared = _mean_of([_filters(layer, 0, len(layer.weight)) for layer in layers])
+    return [DeltaLayer(shared, down, up) for down, up in thin]
+
+
+def _thin(layer: Any, rank: int) -> tuple[Any, Any]:
+    """Two layers in a row that read and give what ``layer`` does, through so many channels."""
+    weight, kind = layer.weight, type(layer)
+    # Drawn on the CPU, so that it is the same for every device.
+    drawn_on = "meta" if weight.is_meta else "cpu"
+    where = {"bias": False, "device": drawn_on, "dtype": weight.dtype}
+    if isinstance(layer, nn.Linear):
+        down: Any = nn.Linear(layer.in_features, rank, **where)
+        up: Any = nn.Linear(rank, layer.out_features, **where)
+    else:
+        names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+        form = {name: getattr(layer, name) for name in names}
+        down = kind(layer.in_channels, rank, **form, **where)
+        up = kind(rank, layer.out_channels, 1, **where)
+    nn.init.zeros_(up.weight)
+    for part in (down, up):
+        part.to(weight.device).requires_grad_(weight.requires_grad)
+    return down, up
 
 
 def _tied(layers: Sequence[Any], share: float) -> list[TiedLayer] | list[TiedNorm]:

@@ -72,6 +72,9 @@ class TreeSpec:
         tied: share of the channels of each specializer's layers whose filters are one tensor for
             all siblings: trained by all samples, stored once. Siblings then hold the same channels
             of the dense network. 0 ties none (paper).
+        delta: rank of what each sibling adds to layers that are one tensor for all siblings, the
+            heads of sibling leaves included; the cheapest way to store many leaves. 0 shares no
+            layers (paper).
     """
 
     leaves: tuple[NodeId, ...] = ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -86,6 +89,7 @@ class TreeSpec:
     decide_after: str | None = None
     trunk_share: float | None = None
     tied: float = 0.0
+    delta: int = 0
 
     def __post_init__(self) -> None:
         for name in ("leaves", "widths", "cuts", "shares", "heads"):
@@ -111,10 +115,17 @@ class TreeSpec:
             raise ConfigError("tree round_to and projection_dim must be at least 1")
         if self.trunk_share is not None and not 0 < self.trunk_share <= 1:
             raise ConfigError("tree trunk_share must lie in (0, 1]")
-        if not 0 <= self.tied <= 1:
-            raise ConfigError(f"tree tied must lie in [0, 1], got {self.tied}")
         if not 0 <= self.projection_dropout < 1:
             raise ConfigError("tree projection_dropout must lie in [0, 1)")
+        self._check_sharing()
+
+    def _check_sharing(self) -> None:
+        if not 0 <= self.tied <= 1:
+            raise ConfigError(f"tree tied must lie in [0, 1], got {self.tied}")
+        if self.delta < 0:
+            raise ConfigError(f"tree delta is a rank: it must be at least 0, got {self.delta}")
+        if self.tied and self.delta:
+            raise ConfigError("tree tied and delta both say what siblings share: set one of them")
 
     @classmethod
     def balanced(cls, depth: int = 2, branches: int = 2, **fields: Any) -> TreeSpec:
@@ -156,7 +167,7 @@ class TreeSpec:
     @property
     def sharing(self) -> tuple[NodeId, ...]:
         """The nodes whose children share tensors: all inner nodes, or none."""
-        return self.inner if self.tied else ()
+        return self.inner if self.tied or self.delta else ()
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -231,9 +242,8 @@ class TreeSpec:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; :meth:`from_dict` is its inverse."""
         fields = {name: to_fields(value) for name, value in asdict(self).items()}
-        if not self.sharing:  # files of such trees are as old as the format
-            del fields["tied"]
-        return fields
+        # Files of trees without them are as old as the format.
+        return {n: v for n, v in fields.items() if v or n not in ("tied", "delta")}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> TreeSpec:

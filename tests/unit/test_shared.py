@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import sigmabranch as sb
-from sigmabranch.backbones import as_backbone
+from sigmabranch.backbones import ResNet, ResNetSpec, as_backbone
 from sigmabranch.conversion import blueprint
 from sigmabranch.deploy import Package, Runtime, pack
 from sigmabranch.deploy.export import export_net
@@ -30,7 +30,7 @@ def x(batches) -> Tensor:
     return torch.cat([x for x, _ in batches])
 
 
-@pytest.fixture(scope="module", params=["tied", "early", "uneven", "all"])
+@pytest.fixture(scope="module", params=["tied", "early", "uneven", "all", "delta"])
 def net(request, dense, batches) -> sb.SigmaBranchNet:
     """Converted, and what is each sibling's own moved away from the others'."""
     fields = {
@@ -38,6 +38,7 @@ def net(request, dense, batches) -> sb.SigmaBranchNet:
         "early": {"tied": 0.5, "decide_after": "layer1"},
         "uneven": {"tied": 0.3, "leaves": UNEVEN},
         "all": {"tied": 1.0},
+        "delta": {"delta": 2, "leaves": ((0,), (1,), (2,), (3,))},
     }[request.param]
     net = sb.convert(dense, batches, TreeSpec(projection_dim=8, **fields), spec=SPEC)
     generator = torch.Generator().manual_seed(1)
@@ -89,8 +90,56 @@ def test_a_share_that_is_none_is_refused(share):
 
 
 def test_a_share_that_rounds_to_nothing_is_refused(dense, batches):
-    with pytest.raises(ConversionError, match="no channel to share: raise it"):
+    with pytest.raises(ConversionError, match="nothing to share: raise it"):
         blueprint(dense, batches[0][0][:1], TreeSpec(tied=0.001))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"delta": -1}, "is a rank"), ({"delta": 2, "tied": 0.5}, "set one of them")],
+)
+def test_a_delta_that_is_none_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        TreeSpec(**fields)
+
+
+def test_a_delta_as_large_as_its_layer_is_refused(dense, batches):
+    with pytest.raises(ConversionError, match="nothing to share: lower it"):
+        blueprint(dense, batches[0][0][:1], TreeSpec(delta=1000))
+
+
+def test_a_budget_that_would_not_count_deltas_is_refused(dense, batches):
+    with pytest.raises(ConfigError, match="does not count deltas"):
+        sb.plan_budget(dense, batches[0][0][:1], "60%", TreeSpec(delta=2))
+
+
+def test_a_delta_is_nothing_at_first(dense, batches, x):
+    trees = (TreeSpec(projection_dim=8, **fields) for fields in ({"delta": 2}, {"tied": 1.0}))
+    found, expected = (sb.convert(dense, batches, tree, spec=SPEC) for tree in trees)
+    torch.testing.assert_close(found.soft(x).logits, expected.soft(x).logits)
+    again = sb.convert(dense, batches, TreeSpec(projection_dim=8, delta=2), spec=SPEC)
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), "drawn by the conversion's seed"
+
+
+def test_four_leaves_with_deltas_are_hardly_larger_than_one_path(tmp_path):
+    spec = ResNetSpec(
+        layers=(1, 1, 1, 1),
+        planes=(16, 32, 64, 64),
+        strides=(1, 2, 2, 1),
+        stem="cifar",
+        stem_width=32,
+        classes=20,
+    )
+    fields = {"leaves": ((0,), (1,), (2,), (3,)), "projection_dim": 16, "shares": (1.0,)}
+    image, model = torch.zeros(1, 3, 16, 16), ResNet(spec)
+    plain = blueprint(model, image, TreeSpec(entry="inner", **fields))
+    net = blueprint(model, image, TreeSpec(entry="inner", delta=2, **fields))
+    path = cost(plain, image)["net"]["bytes_per_path"]["fp32"]
+    assert cost(net, image)["net"]["bytes_total"]["fp32"] <= 1.15 * path
+    package = pack(net, tmp_path, image)
+    stored = sum(node.weight_bytes for node in package.nodes.values())
+    assert stored <= 1.15 * package.path_bytes("0")
 
 
 def test_a_bad_share_ends_a_command_with_one_line(shell, tmp_path):
@@ -131,8 +180,10 @@ def test_the_gradient_of_a_tied_tensor_is_the_sum_over_its_siblings(net, x):
     for node in net.tree.sharing:
         for name, tensor in net.shared[node_key(node)].named_parameters():
             path, _, own = name.partition(".")
+            of = single.head if path.startswith("head-") else single.specializer
+            inside = path.removeprefix("head-").replace("-", ".")
             parts = [
-                single.specializer(child).get_parameter(f"{path.replace('-', '.')}.shared.{own}")
+                of(child).get_parameter(f"{inside}.shared.{own}")
                 for child in net.tree.children(node)
             ]
             summed = torch.stack([part.grad for part in parts]).sum(0)

@@ -183,17 +183,20 @@ def plan_budget(
         tree: leaves, projection and entry of the tree; two levels and four leaves if None. Cuts
             that it names are kept, and heads are cut if it names shares of them; widths and shares
             are solved anew.
-        total: most bytes of all nodes.
+        total: most bytes of all nodes, as if siblings shared nothing (they then have less).
         macs: most multiply-accumulates of a path's convolutions and linear layers.
         bits: of a parameter.
 
     Raises:
-        ConfigError: no tree of that depth meets the budget; the message says the smallest size.
+        ConfigError: no tree of that depth meets the budget; the message says the smallest size. Or
+            siblings are to have deltas, which are not counted here.
         UnsupportedOperation: channels cannot be followed through an operation of the network.
         ConversionError: the network cannot be cut.
     """
     template = tree or TreeSpec()
     template.check_branched()
+    if template.delta:
+        raise ConfigError("a budget does not count deltas: set tree.delta=0, or widths by hand")
     backbone = as_backbone(dense, example)
     limits = Budget.parse(
         budget, parameter_count(backbone.model), total=total, macs=macs, bits=bits

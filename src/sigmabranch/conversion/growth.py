@@ -429,7 +429,9 @@ class Growth:
         Raises:
             ConversionError: siblings cannot share what the tree says.
         """
-        shared = tie(self.tree, self.walk.specializers, self.heads)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.spec.seed)
+            shared = tie(self.tree, self.walk.specializers, self.heads)
         if shared and self.verified:
             self._check_tied()
         return SigmaBranchNet(
@@ -478,9 +480,12 @@ class Growth:
         try:
             for node in self.tree.specializers:
                 features[node] = self.walk.specializers[node](features[node[:-1]])
+                if node in self.heads:
+                    self.heads[node](features[node])
         except AttributeError as error:
             raise ConversionError(
-                f"a module reads a layer that siblings share ({error}): set tree tied=0"
+                f"a module reads a layer that siblings share ({error}): set tree tied and delta "
+                "to 0"
             ) from error
 
     def stream(self, what: str, samples: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -35,7 +35,7 @@ from sigmabranch.fields import from_fields
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.saving import dense_skeleton, net_skeleton
 from sigmabranch.seals import json_bytes, sealed
-from sigmabranch.tree import TreeSpec, is_shared, node_key
+from sigmabranch.tree import TreeSpec, is_shared
 
 FORMAT, SCHEMA = "sigmabranch-package", 1
 # Folding rounds anew; a wrong fold is off by far more.

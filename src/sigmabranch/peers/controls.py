@@ -110,7 +110,7 @@ class SinglePath(System):
 
     def sketch(self, task: Task) -> nn.Module:
         """Trunk, specializers and head of one path of the tree."""
-        alone = replace(task, tree=replace(task.tree, tied=0.0))  # a path has no siblings
+        alone = replace(task, tree=replace(task.tree, tied=0.0, delta=0))  # a path has no siblings
         _, net = sketch(alone)
         leaf = net.tree.leaves[0]
         nodes = [leaf[: level + 1] for level in range(len(leaf))]

@@ -96,7 +96,9 @@ def tree_parts(net: SigmaBranchNet) -> Parts:
     """
     tree = net.tree
     if tree.sharing:
-        raise ConfigError("the siblings of a DecisioNet share no tensors: set tree.tied=0")
+        raise ConfigError(
+            "the siblings of a DecisioNet share no tensors: set tree.tied and tree.delta to 0"
+        )
     return Parts(
         trunk=net.trunk,
         specializers={node: net.specializer(node) for node in tree.specializers},

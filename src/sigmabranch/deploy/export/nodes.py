@@ -140,7 +140,8 @@ def node_parts(net: SigmaBranchNet, sample: Tensor) -> Iterator[Part]:
         feature = features[node[:-1]]
         body = [with_shared(copy.deepcopy(net.specializer(node)))]
         if node in net.tree.leaves:
-            yield _part(node_key(node), [*body, net.head(node)], feature, names=("logits",))
+            body.append(with_shared(copy.deepcopy(net.head(node))))
+            yield _part(node_key(node), body, feature, names=("logits",))
             continue
         part = _part(node_key(node), body, feature, None if net.early else net.router(node))
         features[node] = part.passed
