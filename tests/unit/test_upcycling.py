@@ -215,6 +215,28 @@ def test_conversion_gives_all_branches_the_channels_of_the_single_path(dense, ba
         unite(other)
 
 
+@pytest.mark.parametrize("sharing", [{"tied": 0.5}, {"delta": 1}], ids=["tied", "delta"])
+def test_what_siblings_share_stays_shared_after_the_turn(dense, batches, sharing):
+    x = torch.cat([x for x, _ in batches])
+    tree = TreeSpec(projection_dim=4, **sharing)
+    net = sb.convert(dense, batches, tree, spec=ConversionSpec(channels="average"))
+    size, keys = sum(p.numel() for p in net.parameters()), list(net.state_dict())
+    unite(net)
+    assert sum(p.numel() for p in net.parameters()) < size
+    logits = net(x)
+    divide(net)
+    assert list(net.state_dict()) == keys
+    assert sum(p.numel() for p in net.parameters()) == size
+    for one in net.soft(x).logits.unbind(1):
+        torch.testing.assert_close(one, logits)
+    # A cousin's shared tensor is its own parent's: changing it moves that parent's children alone.
+    with torch.no_grad():
+        for parameter in net.shared["1"].parameters():
+            parameter.mul_(1.5)
+    moved = [not torch.allclose(one, logits) for one in net.soft(x).logits.unbind(1)]
+    assert moved == [False, False, True, True]
+
+
 def test_finetune_upcycles_a_converted_network(dense, batches):
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     loader = DataLoader(TensorDataset(x, y), 16, shuffle=True)

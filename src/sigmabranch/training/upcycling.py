@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +45,13 @@ def unite(net: SigmaBranchNet) -> None:
     """
     _check_channels(net)
     first: dict[tuple[int, str], nn.Module] = {}
-    for node in net.tree.specializers:
-        parts = net.specializer(node)._modules
+    for node in net.tree.sharing:
+        parts = _modules_of(net.shared[node_key(node)])
         for name, module in parts.items():
-            assert module is not None
+            parts[name] = first.setdefault((-1 - len(node), name), module)
+    for node in net.tree.specializers:
+        parts = _modules_of(net.specializer(node))
+        for name, module in parts.items():
             # What gathers its input has the same name at every level; all else is named once.
             level = len(node) if name == "gathered" else 0
             parts[name] = first.setdefault((level, name), module)
@@ -58,27 +61,50 @@ def unite(net: SigmaBranchNet) -> None:
 
 
 def divide(net: SigmaBranchNet) -> dict[nn.Parameter, nn.Parameter]:
-    """Give every node its own copy of the one path again.
+    """Give every node its own copy of the one path again; what siblings share stays shared.
 
     Returns:
         Each new parameter → the one that it is a copy of.
     """
     origin: dict[nn.Parameter, nn.Parameter] = {}
     taken: set[nn.Module] = set()
-    for holder in (*map(net.specializer, net.tree.specializers), net.heads):
-        parts = holder._modules
-        for name, module in parts.items():
-            assert module is not None
-            if module not in taken:
-                taken.add(module)
-                continue
-            parts[name] = copied = copy.deepcopy(module)
-            origin |= dict(zip(copied.parameters(), module.parameters(), strict=True))
+
+    def copied(module: nn.Module, shared: Mapping[int, nn.Module]) -> nn.Module:
+        if module not in taken:
+            taken.add(module)
+            return module
+        copy_of = copy.deepcopy(module, dict(shared))
+        origin.update(zip(copy_of.parameters(), module.parameters(), strict=True))
+        return copy_of
+
+    # What a node's children share in the united network → what they share from now on.
+    shared: dict[NodeId, dict[int, nn.Module]] = {}
+    for node in net.tree.sharing:
+        parts = _modules_of(net.shared[node_key(node)])
+        shared[node] = {}
+        for name, part in parts.items():
+            parts[name] = shared[node][id(part)] = copied(part, {})
+    for node in net.tree.specializers:
+        parts = _modules_of(net.specializer(node))
+        for name, part in parts.items():
+            parts[name] = copied(part, shared.get(node[:-1], {}))
+    for leaf in net.tree.leaves:
+        net.heads[node_key(leaf)] = copied(net.head(leaf), shared.get(leaf[:-1], {}))
     net.united = False
     return origin
 
 
+def _modules_of(holder: nn.Module) -> dict[str, nn.Module]:
+    """The modules that a container holds, to be changed in place."""
+    return cast(dict[str, nn.Module], holder._modules)
+
+
 def _check_channels(net: SigmaBranchNet) -> None:
+    if net.tree.sharing and len(set(map(len, net.tree.leaves))) > 1:
+        raise ConfigError(
+            "late upcycling cannot share tensors among siblings that run different stages: "
+            "set tree tied=0 and delta=0, or give all leaves the same depth"
+        )
     known: dict[tuple[str, int], Tensor] = {}
     for node, plan in net.plans.items():
         for name, axes in plan.keep.items():
