@@ -166,6 +166,18 @@ def test_the_first_part_is_the_training_of_one_path(samples, tmp_path):
         assert torch.equal(mine, other)
 
 
+def test_frozen_routers_decide_in_training_as_they_do_in_use(samples):
+    x, _ = samples
+    net = net_of(TreeSpec(projection_dim=4, projection_dropout=0.5))
+    turn = Upcycling(plan(), None)
+    turn.prepare(net, done=True)
+    with torch.no_grad():
+        leaf_B = net.eval().hard(x).leaf
+        assert torch.equal(net.train().hard(x).leaf, leaf_B)
+        turn.release(net)
+        assert not torch.equal(net.hard(x).leaf, leaf_B)
+
+
 def test_leaves_part_at_the_turn_and_learn_their_own(samples, tmp_path):
     x, y = samples
     net = net_of(BINARY, norm=True)

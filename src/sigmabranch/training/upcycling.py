@@ -133,6 +133,7 @@ class Upcycling:
         self.share, self.groups, self.teacher = recipe.upcycle, recipe.groups, teacher
         self.done = False
         self._learning: list[nn.Parameter] = []
+        self._rates: dict[nn.Dropout, float] = {}
 
     def prepare(self, model: nn.Module, *, done: bool) -> None:
         """Freeze the routers; unite the leaves, or see to it that they are apart."""
@@ -140,6 +141,10 @@ class Upcycling:
         self._learning += [p for p in model.routers.parameters() if p.requires_grad]
         for parameter in model.routers.parameters():
             parameter.requires_grad_(False)
+        # In training mode dropout would send most samples to leaves that they never see in use.
+        for dropout in _dropouts(model):
+            self._rates.setdefault(dropout, dropout.p)
+            dropout.p = 0.0
         if done and model.united:
             divide(model)
         elif not done and not model.united:
@@ -174,6 +179,9 @@ class Upcycling:
         for parameter in self._learning:
             parameter.requires_grad_(True)
         self._learning.clear()
+        for dropout, rate in self._rates.items():
+            dropout.p = rate
+        self._rates.clear()
 
     @torch.no_grad()
     def _look(
@@ -203,6 +211,10 @@ class Upcycling:
         confusion_VV.index_add_(0, class_N, answer_NV)
         confusion_VV /= class_N.bincount(minlength=len(confusion_VV)).clamp(min=1)[:, None]
         return [found[str(depth)] for depth in range(net.tree.depth)], class_N, confusion_VV
+
+
+def _dropouts(net: SigmaBranchNet) -> list[nn.Dropout]:
+    return [module for module in net.routers.modules() if isinstance(module, nn.Dropout)]
 
 
 def _run_path(net: SigmaBranchNet, x: Tensor) -> tuple[Tensor, list[Tensor]]:
