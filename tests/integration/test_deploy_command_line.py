@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -200,7 +201,13 @@ def test_bad_input_is_one_line_and_exit_code_2(shell, folder, packed, arguments,
     assert said in done.err and done.err.count("\n") == 1 and "Traceback" not in done.err
 
 
-def test_an_interrupt_while_weights_arrive_ends_at_once(packed):
+@pytest.mark.parametrize(
+    ("number", "code", "how"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_while_weights_arrive_ends_at_once_and_says_what_continues(
+    packed, number, code, how
+):
     path, _ = packed
     process = subprocess.Popen(
         [sys.executable, "-c", STARTED, "predict", path, "--sample", "0", "--bandwidth", "1KB"],
@@ -212,6 +219,44 @@ def test_an_interrupt_while_weights_arrive_ends_at_once(packed):
     assert process.stdout.readline() == "open\n"
     time.sleep(0.5)
     assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in err, err
+    assert process.returncode == code, err
+    assert err == f"sigmabranch: {how}; the same command starts anew\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "continues"),
+    [(["run", "digits-resnet"], True), (["--version", "search"], True), (["pack", "run"], False)],
+)
+def test_an_interrupt_promises_what_the_command_keeps(monkeypatch, capsys, arguments, continues):
+    from sigmabranch.cli import app
+
+    def interrupted(**_):
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(app, "app", interrupted)
+    monkeypatch.setattr(sys, "argv", ["sigmabranch", *arguments])
+    with pytest.raises(SystemExit) as end:
+        app.main()
+    assert end.value.code == 143
+    assert ("continues from the last complete step" in capsys.readouterr().err) == continues
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_interrupt_before_the_command_begins_is_one_line(tmp_path):
+    """While torch is imported, which takes seconds."""
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "sigmabranch", "recipe"],
+        env={
+            **ENVIRONMENT,
+            "PYTHONPATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT.get('PYTHONPATH', '')}",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "sigmabranch: interrupted before it began\n")

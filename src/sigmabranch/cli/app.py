@@ -1,14 +1,20 @@
 """The ``sigmabranch`` command: its verbs, and how their failures end.
 
 Exit codes: 0 done, 2 bad input, 3 stopped early (on request, or because another process of the run
-was lost) with a checkpoint, 4 some rows of a comparison failed. Of several processes the first
-speaks for all.
+was lost) with a checkpoint, 4 some rows of a comparison failed, 130 or 143 interrupted (Ctrl-C or
+SIGTERM) where no checkpoint is written. Of several processes the first speaks for all.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
@@ -40,6 +46,9 @@ from sigmabranch.version import __version__
 
 # How long the first process has to report a failure that all share, before the others do.
 PRECEDENCE_SECONDS = 10.0
+INTERRUPTED, TERMINATED = 130, 143
+# Verbs of several steps or with checkpoints; the others write all or nothing.
+CONTINUING = ("compare", "demo", "finetune", "run", "search", "train")
 
 app = typer.Typer(
     name="sigmabranch",
@@ -85,16 +94,19 @@ app.command("table")(table.command)
 def main() -> None:
     """Run the command line; a failure that is the input's fault is one line and exit code 2."""
     try:
-        with naming_lost_processes("the last checkpoint"):
+        with _terminable(), naming_lost_processes("the last checkpoint"):
             status = app(standalone_mode=False)
+            if status == INTERRUPTED:  # which is all that typer leaves of Ctrl-C
+                raise KeyboardInterrupt
             leave_processes()
     except SigmaBranchError as error:
         _fail(str(error), error.exit_code)
     except Stopped as stopped:
         _fail(f"stopped: {stopped}", 3, shared=True)
     except (typer.Abort, KeyboardInterrupt):
-        message = "interrupted; the same command continues from the last complete step"
-        _fail(message, 130, shared=True)
+        _fail(f"interrupted; the same command {_goes_on()}", INTERRUPTED, shared=True)
+    except _Terminated:
+        _fail(f"terminated; the same command {_goes_on()}", TERMINATED, shared=True)
     except typer.TyperException as error:
         # Only the formatted message names the option.
         message = getattr(error, "format_message", error.__str__)()
@@ -103,6 +115,36 @@ def main() -> None:
         _fail(f"{error.filename or 'a file'}: {error.strerror}; free space or check the path", 2)
     sys.stdout.flush()
     sys.exit(status if isinstance(status, int) else 0)
+
+
+class _Terminated(BaseException):
+    """SIGTERM, which ends a command as Ctrl-C does: what is half written goes."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Outside training, where the signal asks for a checkpoint."""
+    # Python handles a signal only between two operations, and an exchange with lost processes can
+    # be a long one: a launcher must be able to end it.
+    alone = "RANK" not in os.environ
+    if not alone or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _goes_on() -> str:
+    """What the same command does after an interrupt."""
+    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    return "continues from the last complete step" if verb in CONTINUING else "starts anew"
 
 
 def _fail(message: str, status: int, *, shared: bool = False) -> NoReturn:

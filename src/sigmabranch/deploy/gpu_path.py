@@ -174,7 +174,7 @@ class GpuPath:
             DataError: an input of another shape or dtype, or with NaN or infinity.
             NumericError: NaN or infinite logits.
         """
-        x = checked_input(x, self.package.input_shape)
+        x = checked_input(x, self.package.input_shape, ("cpu", "cuda"))
         began = time.perf_counter()
         route, copied, copied_bytes = ["root"], self._resident, 0
         with torch.cuda.stream(self._computing):

@@ -6,18 +6,20 @@ of the path alone are read, within a byte budget, and as early as it is known th
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sigmabranch.archive import MANIFEST, check_file, checked_entry, read_sealed
-from sigmabranch.deploy.checks import checked_input, checked_logits
+from sigmabranch.deploy.checks import checked_branch, checked_input, checked_logits
 from sigmabranch.deploy.closing import Closing
 from sigmabranch.deploy.export.nodes import DECIDE, SCHEMA
 from sigmabranch.deploy.onnx_graphs import check_graphs
@@ -53,7 +55,8 @@ class OnnxPath(Closing):
     """Runs single inputs through the nodes that ``sigmabranch export --format onnx-nodes`` wrote.
 
     Where the tree decides early, the nodes of the path are read while those before them compute;
-    elsewhere a node is read once its router has been asked.
+    elsewhere a node is read once its router has been asked. Predictions may come from several
+    threads; they are made one after the other. A process that was forked opens the folder anew.
 
     Args:
         folder: holds ``manifest.json`` and the nodes.
@@ -83,6 +86,8 @@ class OnnxPath(Closing):
         direct: bool = True,
         bytes_per_second: int | str | None = None,
     ) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
         self.folder = Path(folder)
         self.manifest = read_nodes(self.folder)
         check_graphs(self.folder, self.manifest)
@@ -99,9 +104,11 @@ class OnnxPath(Closing):
         )
 
     def __call__(self, x: Array) -> tuple[Array, str]:
-        """(1, ...) float32 → (logits (1, V), key of the leaf)."""
-        *_, last = self.runs(x)
-        return last.outputs["logits"], last.key
+        """(1, ...) float32 → (logits (1, V), key of the leaf); raises as :meth:`predict`."""
+        plain = isinstance(x, np.ndarray) and x.dtype == np.float32
+        tensor: Any = torch.from_numpy(np.ascontiguousarray(x)) if plain else x
+        prediction = self.predict(tensor)
+        return prediction.logits[None].numpy(), prediction.leaf
 
     def predict(self, x: Tensor) -> Prediction:
         """Run one input as :meth:`Runtime.predict` does.
@@ -109,17 +116,19 @@ class OnnxPath(Closing):
         Raises:
             DataError: an input of another shape or dtype, or with NaN or infinity.
             StorageError: files that cannot be read, or are not those that were written.
-            NumericError: NaN or infinite logits.
-            ConfigError: the path is closed.
+            NumericError: NaN or infinite logits, or such a router.
+            ConfigError: the path is closed, or another process opened it.
         """
+        self.check_here()
         x = checked_input(x, self.input_shape).contiguous()
-        began = time.perf_counter()
-        self._sessions.read()
-        trace = Trace()
-        *_, last = self.runs(x.numpy(), trace)
-        trace.leaf = last.key
-        trace.total_ms = 1e3 * (time.perf_counter() - began)
-        read = self._sessions.read()
+        with self._lock:
+            began = time.perf_counter()
+            self._sessions.read()
+            trace = Trace()
+            *_, last = self.runs(x.numpy(force=True), trace)
+            trace.leaf = last.key
+            trace.total_ms = 1e3 * (time.perf_counter() - began)
+            read = self._sessions.read()
         trace.bytes_read = sum(read.values())
         for entry in trace.nodes:
             entry.hit_bytes = 0 if entry.node in read else entry.bytes
@@ -153,14 +162,18 @@ class OnnxPath(Closing):
 
     def forget(self) -> None:
         """Close all sessions, as if other work had needed the memory."""
-        self._sessions.forget()
+        self.check_here()
+        with self._lock:
+            self._sessions.forget()
 
     def close(self) -> None:
         """End the threads that read and make sessions; a second time does nothing."""
-        self._sessions.close()
+        if self.is_here:
+            with self._lock:
+                self._sessions.close()
 
     def runs(self, x: Array, trace: Trace | None = None) -> Iterator[NodeRun]:
-        """Run one input, yielding node after node of its path.
+        """Run one input, yielding node after node of its path; for one thread at a time.
 
         Args:
             x: (1, ...) float32.
@@ -195,7 +208,7 @@ class OnnxPath(Closing):
 
     def _below(self, key: str, log_prob: Array | None) -> str:
         """The child that a router chooses; a node without one has a single child."""
-        below = child(key, 0 if log_prob is None else int(log_prob.argmax()))
+        below = child(key, 0 if log_prob is None else checked_branch(log_prob))
         if below not in self._nodes:
             raise CheckpointError(
                 f"{self.folder} is damaged: it has no node {below}; copy it again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, Self
 from torch import Tensor, nn
 
 from sigmabranch.backbones import Backbone
-from sigmabranch.deploy.checks import checked_input, checked_logits
+from sigmabranch.deploy.checks import checked_branch, checked_input, checked_logits
 from sigmabranch.deploy.closing import Closing
 from sigmabranch.deploy.engines import Engine, find_engine
 from sigmabranch.deploy.loader import Loader
@@ -66,7 +67,8 @@ class Runtime(Closing):
 
     One that is dropped without that is closed when Python collects it.
 
-    Predictions may come from several threads; they are made one after the other.
+    Predictions may come from several threads; they are made one after the other. A process that was
+    forked opens the package anew.
     """
 
     @classmethod
@@ -123,6 +125,7 @@ class Runtime(Closing):
         throttle: Throttle,
         stream: StreamFilter | None,
     ) -> None:
+        super().__init__()
         self.package = package
         self._engine = engine
         self._program = Program(package, whole_nodes=engine.whole_nodes)
@@ -146,7 +149,7 @@ class Runtime(Closing):
             closing.callback(self._loader.join)
             closing.callback(self._residency.close)
             # So that a runtime which is dropped ends too; nothing here may hold the runtime itself.
-            self._closing = weakref.finalize(self, closing.pop_all().close)
+            self._closing = weakref.finalize(self, _close, os.getpid(), closing.pop_all())
             self._closing.atexit = False  # a read under way would delay the program's end
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -166,10 +169,12 @@ class Runtime(Closing):
             DataError: an input of another shape or dtype, or with NaN or infinity.
             StorageError: weights could not be read, or are not those that were packed. The runtime
                 remains usable: the next input tries again.
-            NumericError: NaN or infinite logits.
+            NumericError: NaN or infinite logits, or such a router.
+            ConfigError: another process opened the runtime.
 
         What raises leaves the belief about a stream as it was.
         """
+        self.check_here()
         x = checked_input(x, self.package.input_shape)
         with self._lock:
             began = time.perf_counter()
@@ -196,6 +201,7 @@ class Runtime(Closing):
         """
         if self._stream is None:
             raise ConfigError("there is no stream to reset: open the package with stream=True")
+        self.check_here()
         with self._lock:
             self._stream.reset()
             self._planner.ended(None)
@@ -211,6 +217,7 @@ class Runtime(Closing):
         Args:
             keep: bytes of those that run first, which stay if they are there.
         """
+        self.check_here()
         with self._lock:
             self._residency.forget(byte_count(keep) if keep else 0)
 
@@ -225,7 +232,7 @@ class Runtime(Closing):
         for segment in self._program.steps(route):
             out = self._run(segment, feature, trace)
             if self._program.is_router(segment):
-                route.append(child(route[-1], int(out.argmax())))
+                route.append(child(route[-1], checked_branch(out)))
                 self._planner.known(route)
             else:
                 feature = out
@@ -256,3 +263,9 @@ class Runtime(Closing):
                 entry.hit_bytes += segment.bytes if segment not in read else 0
         route = {entry.node for entry in trace.nodes}
         trace.wasted_bytes = sum(n for segment, n in read.items() if segment.node not in route)
+
+
+def _close(process: int, opened: ExitStack) -> None:
+    """Close what a process has opened; a fork, which has no thread to end, leaves it alone."""
+    if os.getpid() == process:
+        opened.close()
