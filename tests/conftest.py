@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
@@ -36,6 +37,9 @@ TINY = (
     "finetune.batch_size=32",
     "conversion.restarts=2",
 )
+
+# Some tests ask for ONNX Runtime before the library does.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Tensors here are small, and other tests run on the other core.
 torch.set_num_threads(1)

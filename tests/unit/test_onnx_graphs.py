@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -195,6 +198,25 @@ def test_nodes_that_do_not_fit_together_are_refused(case, tmp_path, change):
     shutil.copytree(folder, tmp_path / "nodes")
     resealed(tmp_path / "nodes", change)
     assert "do not fit together" in refused(tmp_path / "nodes")
+
+
+@pytest.mark.parametrize(
+    "module", ["deploy.onnx_path", "deploy.quantize", "deploy.export.onnx_graph"]
+)
+def test_onnx_runtime_is_kept_from_reporting(module, tmp_path):
+    """It makes an identifier and a store of reports as soon as it is imported."""
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPYCACHEPREFIX": str(tmp_path / "py")}
+    for name in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME"):
+        environment.pop(name, None)
+    program = f"import sigmabranch.{module}, onnxruntime, os; print(os.listdir(os.environ['HOME']))"
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ".cache" not in done.stdout
 
 
 @pytest.mark.parametrize("moment", ["made", "run"])
