@@ -6,7 +6,7 @@ from torch import nn
 
 from sigmabranch.backbones.base import GlobalAveragePool
 from sigmabranch.errors import ConfigError, DataError, NumericError
-from sigmabranch.measure import evaluate, evaluate_dense
+from sigmabranch.measure import correctness, evaluate, evaluate_dense
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.routing import Router
 from sigmabranch.tree import TreeSpec
@@ -210,7 +210,7 @@ def test_a_class_leaf_table_that_does_not_fit_is_refused(data, class_leaf):
         evaluate(random_net(TreeSpec(projection_dim=5)), batches(data), class_leaf=class_leaf)
 
 
-@pytest.mark.parametrize("measure", [evaluate, evaluate_dense])
+@pytest.mark.parametrize("measure", [correctness, evaluate, evaluate_dense])
 def test_bad_data_is_refused_by_name(measure, data):
     net = random_net(TreeSpec(projection_dim=5))
     x, y = data
@@ -222,6 +222,14 @@ def test_bad_data_is_refused_by_name(measure, data):
         measure(net, [(x, y[:, None])])
     with pytest.raises(NumericError, match="on 1 of 90 samples"):
         measure(net, batches((x.index_fill(0, torch.tensor([5]), float("nan")), y)))
+
+
+def test_correctness_says_of_each_sample_what_the_accuracy_counts(net, data):
+    right_N = correctness(net, batches(data))
+    assert right_N.dtype == torch.bool and len(right_N) == SAMPLES
+    assert percent(right_N) == pytest.approx(evaluate(net, batches(data))["top1"])
+    x, y = data
+    assert torch.equal(right_N, net.eval().hard(x).logits.argmax(1) == y)
 
 
 def test_evaluate_dense_matches_a_plain_recount(data):

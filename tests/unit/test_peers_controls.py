@@ -27,6 +27,7 @@ from sigmabranch.peers import (
 from sigmabranch.peers.efficient import Efficient
 from sigmabranch.peers.quantized import quantize
 from sigmabranch.peers.rerouted import FlatNet, HashRouter
+from sigmabranch.peers.sizing import dense_within
 from sigmabranch.tasks import TASKS, Chain, count_task, find_task
 from sigmabranch.training import FinetuneRecipe, branched_loss
 from sigmabranch.tree import node_key
@@ -61,7 +62,19 @@ def test_a_narrow_dense_network_meets_its_size(name):
     assert found == pytest.approx(whole / 3, rel=0.01)
 
 
+@pytest.mark.parametrize("name", ["digits-resnet", "cifar100-vit", "modelnet40-pointnet2"])
+def test_the_largest_network_within_a_size_never_exceeds_it(name):
+    spec = TASKS[name].model
+    with torch.device("meta"):
+        whole = sum(p.numel() for p in spec.build().parameters())
+        narrow = dense_within(spec, whole // 3).build()
+    found = sum(p.numel() for p in narrow.parameters())
+    assert 0.97 * (whole // 3) < found <= whole // 3
+
+
 def test_a_size_out_of_reach_is_refused(task):
+    with pytest.raises(ConfigError, match="the narrowest has"):
+        dense_within(task.model, 10)
     with pytest.raises(ConfigError, match="no narrower network"):
         dense_of_size(task.model, 10**9)
 

@@ -186,6 +186,19 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(tmp_path, engine, 
     assert without_seconds(rest.history) == without_seconds(whole.history)
 
 
+def test_a_run_made_part_by_part_equals_the_one_made_at_once(tmp_path, engine, samples):
+    plan, whole, net = recipe(epochs=3), dense_net(), dense_net()
+    expected = train_dense(whole, samples, plan, folder=tmp_path / "whole", engine=engine)
+    for until, complete in ((1, False), (2, False), (2, False), (9, True)):
+        found = train_dense(
+            net, samples, plan, folder=tmp_path / "parts", engine=engine, until=until
+        )
+        assert (found.epoch, found.complete, found.reason) == (min(until, 3), complete, "")
+        assert not net.training
+    assert torch.equal(weights(net), weights(whole))
+    assert without_seconds(found.history) == without_seconds(expected.history)
+
+
 def test_complete_run_called_again_returns_its_weights_without_a_step(tmp_path, engine, samples):
     plan = recipe(ema_decay=0.8)
     nets = [dense_net(), dense_net()]

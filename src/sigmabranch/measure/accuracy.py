@@ -159,6 +159,29 @@ def evaluate_dense(
     return _plain_figures(facts)
 
 
+def correctness(model: nn.Module, batches: Batches) -> Tensor:
+    """Which samples a network (B, ...) → (B, V) gets right, a branched one on one path an input.
+
+    Args:
+        model: the network; its training mode is restored.
+        batches: (inputs, labels), moved to its device; read once.
+
+    Returns:
+        (N,) bool on the CPU, in the batches' order.
+
+    Raises:
+        DataError: no samples, or labels outside the network's classes.
+        NumericError: a NaN or infinite logit.
+    """
+    facts = _Facts(Shards(), batches)
+    with torch.no_grad(), evaluating(model):
+        for x, y_B, given in _on_device(model, batches):
+            logits_BV = model(x).float()
+            facts.add(logits_BV, y_B, top1=_among(logits_BV, y_B, 1), **given)
+    facts.checked()
+    return facts["top1"].cpu()
+
+
 def _plain_facts(logits_BV: Tensor, y_B: Tensor) -> dict[str, Tensor]:
     inside_B = y_B.clamp(0, logits_BV.shape[1] - 1)  # a GPU cannot raise here; checked later
     return {

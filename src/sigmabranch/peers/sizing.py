@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 
@@ -72,6 +72,27 @@ def dense_of_size(spec: ModelSpec, params: int) -> ModelSpec:
 
 
 @cache
+def dense_within(spec: ModelSpec, params: int) -> ModelSpec:
+    """The largest narrower network of the same depth that has at most ``params``.
+
+    Raises:
+        ConfigError: even the narrowest has more.
+    """
+
+    def measure(candidate: ModelSpec) -> int:
+        return count_parameters([_shape(candidate)])
+
+    sizes = {near: measure(near) for near in _near(spec, params, measure, nudges=range(-2, 3))}
+    fitting = [candidate for candidate, size in sizes.items() if size <= params]
+    if not fitting:
+        raise ConfigError(
+            f"no narrower network has at most {params:,} parameters: the narrowest has "
+            f"{min(sizes.values()):,}"
+        )
+    return max(fitting, key=lambda candidate: sizes[candidate])
+
+
+@cache
 def dense_of_products(task: Task, products: int) -> ModelSpec:
     """The narrower network whose convolutions and matrix products are nearest to ``products`` MACs.
 
@@ -91,20 +112,29 @@ def dense_of_products(task: Task, products: int) -> ModelSpec:
 def _narrowed(
     spec: ModelSpec, goal: int, what: str, measure: Callable[[ModelSpec], int]
 ) -> ModelSpec:
-    grid = range(1, 1001)
-    middle = bisect_left(grid, goal, key=lambda step: measure(spec.narrowed(step / 1000, 0)))
-    candidates = [
-        spec.narrowed(step / 1000, nudge)
-        for step in grid[max(0, middle - 2) : middle + 2]
-        for nudge in (-1, 0, 1)
-    ]
-    best = min(candidates, key=lambda candidate: abs(measure(candidate) - goal))
+    best = min(_near(spec, goal, measure), key=lambda candidate: abs(measure(candidate) - goal))
     if abs(measure(best) - goal) > TOLERANCE * goal:
         raise ConfigError(
             f"no narrower network has {goal:,} {what} within {TOLERANCE:.0%}: the nearest "
             f"has {measure(best):,}"
         )
     return best
+
+
+def _near(
+    spec: ModelSpec,
+    goal: int,
+    measure: Callable[[ModelSpec], int],
+    nudges: Iterable[int] = (-1, 0, 1),
+) -> list[ModelSpec]:
+    """The narrower networks on both sides of the size."""
+    grid = range(1, 1001)
+    middle = bisect_left(grid, goal, key=lambda step: measure(spec.narrowed(step / 1000, 0)))
+    return [
+        spec.narrowed(step / 1000, nudge)
+        for step in grid[max(0, middle - 2) : middle + 2]
+        for nudge in nudges
+    ]
 
 
 def _shape(spec: ModelSpec) -> nn.Module:

@@ -79,6 +79,7 @@ def fit(
     max_minutes: float | None = None,
     resume: bool = True,
     stop: Callable[[], bool] | None = None,
+    until: int | None = None,
 ) -> FitResult:
     """Train ``model`` in place; on return it is on the engine's device, in evaluation mode.
 
@@ -103,9 +104,11 @@ def fit(
         max_minutes: stop cleanly after this long.
         resume: continue from the checkpoint in ``folder`` if there is one.
         stop: asked after every step; true stops cleanly.
+        until: stop cleanly after so many of the recipe's epochs; a later call goes on.
 
     Returns:
-        ``complete=False`` after a stop by time, signal or wish: the checkpoint holds the state.
+        ``complete=False`` after a stop by time, signal or wish, or at ``until``: the checkpoint
+        holds the state.
 
     Raises:
         CheckpointError: the checkpoint is damaged, belongs to another run, or cannot be written.
@@ -152,6 +155,7 @@ def fit(
             evaluate=evaluate,
             progress=progress,
             switch=switch,
+            until=recipe.epochs if until is None else min(until, recipe.epochs),
         )
         if resume:
             run.restore()
@@ -171,6 +175,7 @@ class _Run:
     evaluate: Evaluate | None
     progress: Progress | None
     switch: StopSwitch
+    until: int
 
     def __post_init__(self) -> None:
         self.steps = len(self.batches)
@@ -184,7 +189,7 @@ class _Run:
         """Run the remaining epochs, or until the switch says stop."""
         self.emit("start")
         reason = ""
-        while len(self.history) < self.recipe.epochs and not reason:
+        while len(self.history) < self.until and not reason:
             reason = self.train_epoch()
             if self.meter.done == self.steps:
                 self.finish_epoch()
