@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from sigmabranch.measure import cost as count
     from sigmabranch.measure import evaluate, evaluate_dense
     from sigmabranch.net import HardOutput, SigmaBranchNet, SoftOutput
+    from sigmabranch.race import Best, best
     from sigmabranch.saving import load, save_dense
     from sigmabranch.training import FinetuneRecipe, Recipe, finetune, train
     from sigmabranch.tree import TreeSpec
@@ -84,6 +85,7 @@ _HOMES = {
     "sigmabranch.hub": ("from_hub", "model_card", "push_to_hub"),
     "sigmabranch.measure": ("evaluate", "evaluate_dense"),
     "sigmabranch.net": ("HardOutput", "SigmaBranchNet", "SoftOutput"),
+    "sigmabranch.race": ("Best", "best"),
     "sigmabranch.saving": ("load", "save_dense"),
     "sigmabranch.training": ("FinetuneRecipe", "Recipe", "finetune", "train"),
     "sigmabranch.tree": ("TreeSpec",),
@@ -94,6 +96,7 @@ _PLACES = {name: (home, name) for home, names in _HOMES.items() for name in name
 
 __all__ = [
     "Backbone",
+    "Best",
     "ConvNeXt",
     "ConvNeXtSpec",
     "ConversionRecord",
@@ -123,6 +126,7 @@ __all__ = [
     "WideResNetSpec",
     "__version__",
     "as_backbone",
+    "best",
     "convert",
     "count",
     "evaluate",

@@ -105,6 +105,7 @@ def test_an_unknown_public_name_is_an_attribute_error():
         "deploy",
         "measure",
         "peers",
+        "race",
         "report",
         "search",
         "tasks",

@@ -20,6 +20,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from sigmabranch.cli import (
+    best,
     compare,
     convert,
     count,
@@ -78,6 +79,7 @@ app.command("convert")(convert.command)
 app.command("finetune")(finetune.command)
 app.command("evaluate")(evaluate.command)
 app.command("count")(count.command)
+app.command("best")(best.command)
 app.command("compare")(compare.command)
 app.command("export")(export.command)
 app.command("pack")(pack.command)

@@ -22,6 +22,7 @@ for _package in ("matplotlib", "jinja2"):
         raise MissingDependency(_package, "report", "Drawing the report")
 
 from sigmabranch.report.ablation_table import ablation_table  # noqa: E402
+from sigmabranch.report.best_table import best_table  # noqa: E402
 from sigmabranch.report.budget_table import budget_table  # noqa: E402
 from sigmabranch.report.comparison import comparison_table  # noqa: E402
 from sigmabranch.report.main_table import main_rows, main_table  # noqa: E402
@@ -53,6 +54,7 @@ __all__ = [
     "Table",
     "ablation_table",
     "accuracy_table",
+    "best_table",
     "budget_table",
     "comparison",
     "comparison_table",
