@@ -76,16 +76,21 @@ def publish(options: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> N
 
 
 def publish_parts(
-    options: argparse.Namespace, parts: Mapping[str, Sequence[Mapping[str, Any]]]
+    options: argparse.Namespace,
+    parts: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    silent: bool = False,
 ) -> None:
-    """The same for several tables; as JSON alone with ``options.json``."""
+    """The same for several tables; as JSON alone with ``options.json``, or not printed at all."""
     result = {**_header(options), **parts}
     write_json(options.out, result)
+    if silent:
+        return
     if options.json:
         print(json.dumps(result))
         return
     for name, rows in parts.items():
-        print(f"{name}\n{table(rows)}\n")
+        print(f"{name}\n{table(rows) if rows else 'none'}\n")
     print(f"written to {options.out}")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sigmabranch import files
 from sigmabranch.errors import CheckpointError
 from sigmabranch.marks import MANIFEST
-from sigmabranch.seals import has_seal, json_bytes, sealed, unsealed
+from sigmabranch.seals import has_seal, is_digest, json_bytes, sealed, unsealed
 
 FORMAT, SCHEMA = "sigmabranch", 1
 WEIGHTS = "weights.safetensors"
@@ -168,7 +168,7 @@ def check_file(folder: Path, name: str, expected: Any, *, read: bool = True) -> 
     """
     path = folder / name
     said = expected if isinstance(expected, dict) else {}
-    if type(said.get("bytes")) is not int or type(said.get("sha256")) is not str:
+    if type(said.get("bytes")) is not int or not is_digest(said.get("sha256")):
         raise CheckpointError(
             f"{folder / MANIFEST} is damaged: it does not say the bytes and sha256 of {name!r}"
         )

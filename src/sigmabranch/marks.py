@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sigmabranch.errors import CheckpointError
-from sigmabranch.seals import has_seal, is_ours
+from sigmabranch.seals import has_seal, is_digest, is_ours
 
 MANIFEST = "manifest.json"
 _LIST = ".sigmabranch"
@@ -67,12 +67,13 @@ def listed(folder: Path) -> dict[str, str]:
         return {}
     parts = found.get("files"), found.get("nodes")
     named = [*parts[0].items()] if isinstance(parts[0], dict) else []
-    for node in parts[1] if isinstance(parts[1], list) else ():
-        named.append((node.get("file"), node) if isinstance(node, dict) else ("", None))
+    nodes = parts[1] if isinstance(parts[1], list) else []
+    named += [(node.get("file"), node) for node in nodes if isinstance(node, dict)]
+    named = [(name, said) for name, said in named if isinstance(said, dict)]
     return {
-        name: str(said.get("sha256"))
+        name: said["sha256"]
         for name, said in named
-        if isinstance(said, dict) and isinstance(name, str) and Path(name).name == name
+        if isinstance(name, str) and Path(name).name == name and is_digest(said.get("sha256"))
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sigmabranch.errors import CheckpointError
 # The entries of an object that say whose it is, and the hash of everything else in it.
 _MARK, _SEAL = "written_by", "sha256"
 _NAME = "sigmabranch"
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def json_bytes(value: Any) -> bytes:
@@ -31,6 +33,11 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """
     rest = {_MARK: _NAME} | {n: part for n, part in content.items() if n not in (_MARK, _SEAL)}
     return {**rest, _SEAL: _hash(rest)}
+
+
+def is_digest(value: Any) -> bool:
+    """Whether a value is a SHA-256 in hex, and nothing that could be a path."""
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
 def has_seal(content: Any) -> bool:

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -27,7 +28,7 @@ from sigmabranch.deploy.storage import NodeFile, Throttle
 from sigmabranch.deploy.stream import STICKINESS, StreamFilter
 from sigmabranch.deploy.stream_leaves import StreamLeaves
 from sigmabranch.deploy.trace import Trace, milliseconds
-from sigmabranch.errors import ConfigError
+from sigmabranch.errors import CheckpointError, ConfigError
 from sigmabranch.sizes import byte_count
 
 
@@ -169,6 +170,7 @@ class Runtime(Closing):
             DataError: an input of another shape or dtype, or with NaN or infinity.
             StorageError: weights could not be read, or are not those that were packed. The runtime
                 remains usable: the next input tries again.
+            CheckpointError: the package describes what cannot be run.
             NumericError: NaN or infinite logits, or such a router.
             ConfigError: another process opened the runtime.
 
@@ -250,9 +252,19 @@ class Runtime(Closing):
                 held.callback(self._residency.release, part)
             began = time.perf_counter()
             with milliseconds(entry, "compute_ms"):
-                out = self._engine.run(segment, tensors, feature)
+                out = self._computed(segment, tensors, feature)
             self._planner.ran(segment, time.perf_counter() - began)
             return out
+
+    def _computed(self, segment: Segment, tensors: Mapping[str, Tensor], feature: Any) -> Any:
+        try:
+            return self._engine.run(segment, tensors, feature)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"node {segment.node} of {self.package.folder} cannot be run: {reason}; if the "
+                "package was altered, pack the network again"
+            ) from error
 
     def _account(self, trace: Trace) -> None:
         """What was read since the input came, and what for."""

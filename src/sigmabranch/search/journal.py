@@ -1,14 +1,16 @@
 """Optuna's journal of a search, in which nothing can be altered, lost or moved unnoticed.
 
-Each line is an entry of Optuna's with its own hash, and the hash of the line before it. Optuna's
-other tools read it as one of theirs.
+Each line is an entry of Optuna's with its own hash, and the hash of the line before it. Entries
+that belong together are one write, and say how many are to follow: a crash leaves all or none.
+Optuna's other tools read the file as one of theirs.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from sigmabranch.seals import has_seal, sealed, unsealed
 from sigmabranch.temporaries import temporary_file
 
 _BEGINNINGS = b'{"written_by":"sigmabranch",', b'{"op_code":'  # earlier ones had no hashes
-_BEFORE = "after"
+_BEFORE, _TO_FOLLOW = "after", "to_follow"
 _ADVICE = "restore it or choose another --out"
 
 
@@ -36,6 +38,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path, self._last = path, ""
         self._entries: list[dict[str, Any]] = []
+        self._held: list[dict[str, Any]] | None = None  # until all that belong together are there
         path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.exists() else b""
         whole, _, cut = content.rpartition(b"\n")
@@ -43,9 +46,11 @@ class Journal:
             raise self._damage("its last line is none of ours")
         lines = [self._parsed(number, line) for number, line in _numbered(whole)]
         with_hashes = any(map(has_seal, lines))
-        for number, line in enumerate(lines, start=1):
-            self._entries.append(self._checked(number, line) if with_hashes else line)
-        if cut or (lines and not with_hashes):
+        if with_hashes:
+            lines = [self._checked(number, line) for number, line in enumerate(lines, start=1)]
+        ends = [n for n, line in enumerate(lines, start=1) if not line.pop(_TO_FOLLOW, 0)]
+        self._entries = lines[: max(ends, default=0)]
+        if cut or lines[len(self._entries) :] or (lines and not with_hashes):
             self._write_anew()
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
@@ -58,27 +63,48 @@ class Journal:
         Raises:
             CheckpointError: the file cannot be written.
         """
-        last = self._last
-        lines = b"".join(map(self._line, logs))
-        try:
-            with files.writing(self._path), open(self._path, "ab") as file:
-                file.write(lines)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            self._last = last
-            raise
-        self._entries += json.loads(json.dumps(logs))
+        entries = json.loads(json.dumps(logs))
+        if self._held is None:
+            self._append(entries)
+        else:
+            self._held += entries
+        self._entries += entries
 
-    def _line(self, entry: Mapping[str, Any]) -> bytes:
-        line = sealed({**entry, _BEFORE: self._last})
-        self._last = line["sha256"]
-        return json.dumps(line, separators=(",", ":")).encode() + b"\n"
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Write what is appended inside at the end, at once.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        held: list[dict[str, Any]] = []
+        self._held = held
+        try:
+            yield
+        finally:
+            self._held = None
+        self._append(held)
+
+    def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        with files.writing(self._path), open(self._path, "ab") as file:
+            file.write(self._lines(entries))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _lines(self, entries: Sequence[Mapping[str, Any]]) -> bytes:
+        content = b""
+        for follow, entry in zip(reversed(range(len(entries))), entries, strict=True):
+            line = sealed(
+                {**entry, _BEFORE: self._last, **({_TO_FOLLOW: follow} if follow else {})}
+            )
+            self._last = line["sha256"]
+            content += json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        return content
 
     def _write_anew(self) -> None:
         self._last = ""
         with files.writing(self._path), temporary_file(self._path.parent, self._path.name) as new:
-            new.write_bytes(b"".join(map(self._line, self._entries)))
+            new.write_bytes(b"".join(self._lines([entry]) for entry in self._entries))
             files.publish(new, self._path)
 
     def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
@@ -94,7 +120,7 @@ class Journal:
         if not has_seal(line):
             raise self._damage(f"line {number} has no hash")
         entry = unsealed(line, f"line {number} of {self._path}", _ADVICE)
-        if entry.pop(_BEFORE, None) != self._last:
+        if entry.pop(_BEFORE, None) != self._last or type(entry.get(_TO_FOLLOW, 0)) is not int:
             raise self._damage(f"line {number} does not follow the one before it")
         self._last = line["sha256"]
         return entry

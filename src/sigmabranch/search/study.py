@@ -45,7 +45,7 @@ class Study:
         self._seed = seed
         self._distributions = {name: _distribution(knob) for name, knob in knobs.items()}
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        journal = _Backend(path)
+        self._journal = journal = _Backend(path)
         try:
             self._study = optuna.create_study(
                 study_name="search",
@@ -76,7 +76,8 @@ class Study:
             return None
         seed = derive_seed(self._seed, len(known)) % 2**32
         self._study.sampler = optuna.samplers.TPESampler(seed=seed)
-        asked = self._study.ask(self._distributions)
+        with self._journal.together():
+            asked = self._study.ask(self._distributions)
         return asked.number, asked.params
 
     def tell(self, number: int, found: Mapping[str, Any] | None) -> None:

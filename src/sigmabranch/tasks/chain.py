@@ -160,6 +160,8 @@ class Chain:
         if not self.resume:
             raise CheckpointError(f"{self.folder} is in use: choose another --out or use --resume")
         theirs = files.read_json(path)
+        if not isinstance(theirs, dict):
+            raise CheckpointError(f"{path} is no run's: choose another --out or remove it")
         theirs["task"] = completed(theirs.get("task"))
         difference = first_difference(theirs, self._notes())
         if difference:

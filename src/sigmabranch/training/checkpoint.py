@@ -19,6 +19,7 @@ import torch
 
 from sigmabranch import files
 from sigmabranch.errors import CheckpointError
+from sigmabranch.seals import is_digest
 from sigmabranch.temporaries import temporary_file
 
 SCHEMA = 2
@@ -165,7 +166,7 @@ def _checked(state: Any, manifest: Path) -> tuple[Path, str]:
             raise CheckpointError(f"{manifest} is not a checkpoint of this version; {_ADVICE}")
         named = state["tensors"] if isinstance(state["tensors"], dict) else {}
         name, digest = named.get("file"), named.get("sha256")
-    if not (type(name) is str and Path(name).name == name and type(digest) is str):
+    if not (type(name) is str and Path(name).name == name and is_digest(digest)):
         raise CheckpointError(f"{manifest} is damaged: it names no tensors beside it; {_ADVICE}")
     if wrong := next((key for key, fits in _FORMS.items() if not fits(state[key])), None):
         raise CheckpointError(f"{manifest} is damaged: {wrong} cannot be so; {_ADVICE}")
