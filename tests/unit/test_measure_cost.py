@@ -81,6 +81,13 @@ def test_the_node_table_adds_up_to_total_and_to_each_path(cifar):
         assert sum(row["params"] for row in passed) == path["active_params"]
         assert sum(row["macs"] for row in passed) == path["macs"]
     assert [rows[key]["width"] for key in ("root", "0", "0-1")] == [512, 724, 1024]
+    routed = (rows["0"]["macs"] + rows["0-1"]["macs"]) / cifar["net"]["macs"]
+    assert cifar["net"]["routed_macs_share"] == pytest.approx(routed)
+
+
+def test_only_a_tree_routes_a_share_of_its_arithmetic():
+    narrow, dense = (ResNet(ResNetSpec(layers=(1,), planes=(n,), strides=(1,))) for n in (4, 8))
+    assert "routed_macs_share" not in cost(narrow, torch.zeros(1, 3, 16, 16), dense=dense)["net"]
 
 
 def test_torchs_counter_sees_the_products_and_nothing_else(cifar):

@@ -12,7 +12,7 @@ from torch import nn
 
 import sigmabranch as sb
 from sigmabranch.errors import ConfigError
-from sigmabranch.measure import cost, evaluate, latency
+from sigmabranch.measure import cost, count_parameters, evaluate, latency
 from sigmabranch.net import SigmaBranchNet
 from sigmabranch.peers import (
     CONTROLS,
@@ -24,10 +24,11 @@ from sigmabranch.peers import (
     run_control,
     sizing,
 )
+from sigmabranch.peers.compare import run_row
 from sigmabranch.peers.efficient import Efficient
 from sigmabranch.peers.quantized import quantize
 from sigmabranch.peers.rerouted import FlatNet, HashRouter
-from sigmabranch.peers.sizing import dense_within
+from sigmabranch.peers.sizing import active_params, dense_within
 from sigmabranch.tasks import TASKS, Chain, count_task, find_task
 from sigmabranch.training import FinetuneRecipe, branched_loss
 from sigmabranch.tree import node_key
@@ -225,6 +226,49 @@ def test_widths_are_solved_for_a_share_of_the_dense_network(task):
         find_system("sigma-branch", {"active_share": 0.02}).check(wide)
     with pytest.raises(ConfigError, match="between 0 and 1"):
         find_system("sigma-branch", {"active_share": 1.5})
+
+
+@pytest.mark.parametrize("share", [15, 20, 25])
+def test_a_smaller_tree_has_controls_of_its_own_size(share):
+    rows = {name: find_system(f"active-{share}{name}") for name in ("", "-path", "-dense")}
+    rows["-distilled"] = taught = find_system(f"active-{share}-distilled")
+    assert [row.name for row in rows.values()] == [
+        "sigma-branch", "single-path", "dense-equal", "dense-equal",
+    ]  # fmt: skip
+    assert {row.active_share for row in rows.values()} == {share / 100}
+    assert taught == rows["-dense"].changed({"distill_weight": 0.5})
+    assert all(GROUPS["sizes"][f"active-{share}{name}"] == row for name, row in rows.items())
+
+
+def test_a_small_network_is_narrowed_further_from_one_factor(monkeypatch):
+    monkeypatch.setattr(sizing, "TOLERANCE", 0.01)
+    spec = find_task("cifar100-small").with_settings(
+        ["model.layers=[1,1]", "model.planes=[12,24]", "model.strides=[1,2]"]
+    ).model  # fmt: skip
+    narrow = dense_of_size.__wrapped__(spec, 12_397)
+    assert count_parameters([narrow.build()]) == pytest.approx(12_397, rel=0.01)
+    with pytest.raises(ConfigError, match="no narrower network has 10 parameters"):
+        dense_of_size.__wrapped__(spec, 10)
+
+
+def test_a_control_has_one_size(task):
+    for name in ("dense-equal", "single-path"):
+        with pytest.raises(ConfigError, match="between 0 and 1"):
+            find_system(name, {"active_share": 1.5})
+    with pytest.raises(ConfigError, match="set one"):
+        find_system("dense-equal", {"active_share": 0.2, "params": 1000})
+
+
+def test_controls_of_a_smaller_tree_are_trained_at_its_size(task, tmp_path):
+    task = task.with_settings(["model.planes=[2,8,12]"])
+    chain = Chain(task, tmp_path, device="cpu")
+    path, dense = (
+        run_row(name, find_system(name, {"active_share": 0.3}), chain)["cost"]["net"]
+        for name in ("single-path", "dense-equal")
+    )
+    size = active_params(find_system("sigma-branch", {"active_share": 0.3}).task(task))
+    assert path["active_params"] < size
+    assert dense["active_params"] == pytest.approx(size, rel=sizing.TOLERANCE)
 
 
 def test_every_row_survives_json():

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-from sigmabranch.report import Run, comparison, node_table, write_report
+from sigmabranch.report import Run, comparison, cost_table, node_table, write_report
 from sigmabranch.report.proposal_table import proposal_table
 from sigmabranch.tree import TreeSpec
 
@@ -86,6 +86,15 @@ def test_controls_stand_between_dense_and_branched_and_unknown_cells_stay_empty(
     assert rows["Top-1"] == (empty, "79.00%", "80.00%", empty)
     assert rows["Parameters run per input"][1] == "390"
     assert rows["MACs per input"][1] == empty
+
+
+def test_the_share_of_the_arithmetic_that_is_routed_stands_below_the_counts():
+    sizes = {"fp32": 4, "fp16": 2, "int8": 1}
+    dense = {**COST["dense"], "flops_doubled": 9900, "bytes": sizes}
+    net = {**COST["net"], "flops_doubled": 5900, "bytes_total": sizes, "bytes_per_path": sizes}
+    known = {**COST, "dense": dense, "net": {**net, "routed_macs_share": 0.9612}}
+    assert cells(cost_table(known))["MACs routed"][-1] == "96.1%"
+    assert "MACs routed" not in cells(cost_table({**known, "net": net}))
 
 
 def test_the_node_table_adds_up_and_shares_flow_down_the_tree():

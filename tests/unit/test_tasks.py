@@ -207,6 +207,24 @@ def test_a_chain_without_time_stops_with_a_checkpoint_and_goes_on(task, tmp_path
     assert "manifest.json" in written(tmp_path / "dense")
 
 
+# -- trees that route most of the arithmetic -------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cuts", "depth"), [(["layer1", "layer2"], 2), (["layer1"], 1)])
+def test_a_tree_that_begins_early_goes_through_the_whole_chain(task, tmp_path, cuts, depth):
+    early = task.with_settings(
+        [f"tree.depth={depth}", f"tree.cuts={json.dumps(cuts)}", "model.planes=[8,8,8]",
+         "model.stem_width=8"]
+    )  # fmt: skip
+    counted = count_task(early)
+    assert counted["net"]["routed_macs_share"] > 0.5
+    chain = Chain(early, tmp_path, device="cpu")
+    measured = chain.measured()
+    assert measured["cost"]["net"] == counted["net"]
+    assert measured["branched"]["samples"] == len(chain.dataset.test)
+    assert len(measured["branched"]["leaves"]) == 2**depth
+
+
 # -- held-out samples ----------------------------------------------------------------------------
 
 

@@ -34,7 +34,7 @@ def command(
     sample: Annotated[
         list[int] | None,
         typer.Option(
-            help="Number of a held-out sample of the data set. Repeatable.",
+            help="Number of a test sample of the data set. Repeatable.",
             min=0,
             show_default=False,
         ),

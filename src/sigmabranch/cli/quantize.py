@@ -1,4 +1,4 @@
-"""``sigmabranch quantize``: ONNX nodes in few bits, measured on the held-out split."""
+"""``sigmabranch quantize``: ONNX nodes in few bits, measured on the test split."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def command(
 
 
 def _row(name: str, path: Any, test: Split, leaf: list[str] | None) -> dict[str, Any]:
-    """Accuracy on the held-out split, and how often the route is another than in fp32."""
+    """Accuracy on the test split, and how often the route is another than in fp32."""
     right, leaves = 0, []
     for x, y in test.batches(torch.arange(len(test)), 1):
         logits, found = path(x.contiguous().numpy())
@@ -116,7 +116,7 @@ def _row(name: str, path: Any, test: Split, leaf: list[str] | None) -> dict[str,
 
 def _line(row: dict[str, Any]) -> str:
     return (
-        f"{row['name']}: {row['top1']:.2f} % top-1 on {row['samples']:,} held-out samples, "
+        f"{row['name']}: {row['top1']:.2f} % top-1 on {row['samples']:,} test samples, "
         f"{row['path_bytes'] / 1e6:.3f} MB read for one input, {row['total_bytes'] / 1e6:.3f} MB "
         f"in all, {row['rerouted']:.1%} rerouted"
     )

@@ -43,5 +43,5 @@ def command(
     if not chain.engine.is_main:
         return
     folder = chain.folder / "dense"
-    text = f"{folder}: {accuracy['top1']:.2f} % top-1 on {accuracy['samples']:,} held-out samples"
+    text = f"{folder}: {accuracy['top1']:.2f} % top-1 on {accuracy['samples']:,} test samples"
     print_result({"folder": str(folder), "dense": accuracy}, text, as_json)

@@ -50,7 +50,8 @@ def cost(model: nn.Module, example: Tensor, *, dense: nn.Module | None = None) -
         JSON-able. ``dense`` (if there is one): ``params``, ``macs``, ``macs_flop_counter``,
         ``flops_doubled``, ``bytes``. For any other network also ``net``: ``total_params``,
         ``active_params``, ``macs``, ``macs_flop_counter``, ``flops_doubled``, ``soft_macs`` (every
-        node once), ``bytes_total``, ``bytes_per_path``; ``paths``: the same per leaf; ``nodes``:
+        node once), ``bytes_total``, ``bytes_per_path``, and of a tree ``routed_macs_share``, the
+        part of ``macs`` outside the trunk and its router; ``paths``: the same per leaf; ``nodes``:
         one row per node, which add up to the total parameters and to ``soft_macs``, and along a
         path to that path's; and, with ``dense``, ``reduction_percent``. A network without a tree is
         one node and one path; a dynamic one has two, ``least`` and ``most``, and counts as its
@@ -127,6 +128,7 @@ def _net_cost(net: SigmaBranchNet, example: Tensor) -> dict[str, Any]:
             "total_params": total,
             **worst,
             "soft_macs": sum(node_macs.values()),
+            "routed_macs_share": 1 - node_macs[()] / worst["macs"],
             "bytes_total": _bytes(total),
             "bytes_per_path": _bytes(worst["active_params"]),
         },

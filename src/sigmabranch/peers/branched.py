@@ -12,7 +12,7 @@ from sigmabranch.backbones import as_backbone
 from sigmabranch.errors import ConfigError
 from sigmabranch.measure import count_parameters
 from sigmabranch.peers.bench import Bench
-from sigmabranch.peers.sizing import active_params, tree_of_share
+from sigmabranch.peers.sizing import active_params, at_share, check_share
 from sigmabranch.peers.system import System, Trained
 from sigmabranch.tasks import Task
 from sigmabranch.tasks.counting import sketch
@@ -48,8 +48,7 @@ class SigmaBranch(System):
     same_size: bool = False
 
     def __post_init__(self) -> None:
-        if self.active_share is not None and not 0 < self.active_share < 1:
-            raise ConfigError(f"active_share must be between 0 and 1, got {self.active_share}")
+        check_share(self.active_share)
         if self.trunk_left is not None and self.trunk_left < 0:
             raise ConfigError(f"trunk_left must be at least 0, got {self.trunk_left}")
         if self.same_size and self.active_share is not None:
@@ -65,11 +64,10 @@ class SigmaBranch(System):
         changed = task.with_settings(self.settings)
         if self.trunk_left is not None:
             changed = replace(changed, tree=_decided_before(changed, self.trunk_left))
-        if self.active_share is not None:
-            changed = replace(changed, tree=tree_of_share(changed, self.active_share))
+        changed = at_share(changed, self.active_share)
         if self.same_size:
             share = active_params(task) / count_parameters([task.model.build()])
-            changed = replace(changed, tree=tree_of_share(changed, share))
+            changed = at_share(changed, share)
         if (changed.data, changed.model, changed.dense) != (task.data, task.model, task.dense):
             raise ConfigError(
                 "sigma-branch settings may change tree, conversion and finetune only: all rows "

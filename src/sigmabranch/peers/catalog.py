@@ -125,11 +125,27 @@ ABLATIONS: Mapping[str, System] = {
     **{f"active-{share}": SigmaBranch(active_share=share / 100) for share in (15, 25, 50, 60)},
 }  # fmt: skip
 
+
+def _sized(share: int) -> dict[str, System]:
+    """A tree whose paths have so many percent of the parameters, and controls of that size."""
+    name, active = f"active-{share}", share / 100
+    return {
+        name: SigmaBranch(active_share=active),
+        f"{name}-path": SinglePath(active_share=active),
+        f"{name}-dense": DenseEqual(active_share=active),
+        f"{name}-distilled": DenseEqual(active_share=active, distill_weight=0.5),
+    }
+
+
+#: Smaller trees, each beside networks of its own size that do not route.
+SIZES: Mapping[str, System] = {**_sized(15), **_sized(20), **_sized(25)}
+
 #: Groups that ``--rows`` knows beside single rows.
 GROUPS: Mapping[str, Mapping[str, System]] = {
     "branched": {"sigma-branch": SigmaBranch()},
     "peers": PEERS,
     "controls": CONTROLS,
+    "sizes": SIZES,
     "ablations": ABLATIONS,
 }
 

@@ -57,6 +57,21 @@ def tree_of_share(task: Task, share: float) -> TreeSpec:
     return scaled(near)
 
 
+def at_share(task: Task, share: float | None) -> Task:
+    """``task`` with a tree whose paths are ``share`` of the dense network; as it is if None.
+
+    Raises:
+        ConfigError: see :func:`tree_of_share`.
+    """
+    return task if share is None else replace(task, tree=tree_of_share(task, share))
+
+
+def check_share(share: float | None) -> None:
+    """Raise :class:`ConfigError` at a share that no path can have."""
+    if share is not None and not 0 < share < 1:
+        raise ConfigError(f"active_share must be between 0 and 1, got {share}")
+
+
 @cache
 def dense_of_size(spec: ModelSpec, params: int) -> ModelSpec:
     """The narrower network of the same depth whose size is nearest to ``params``.
@@ -112,29 +127,35 @@ def dense_of_products(task: Task, products: int) -> ModelSpec:
 def _narrowed(
     spec: ModelSpec, goal: int, what: str, measure: Callable[[ModelSpec], int]
 ) -> ModelSpec:
-    best = min(_near(spec, goal, measure), key=lambda candidate: abs(measure(candidate) - goal))
-    if abs(measure(best) - goal) > TOLERANCE * goal:
-        raise ConfigError(
-            f"no narrower network has {goal:,} {what} within {TOLERANCE:.0%}: the nearest "
-            f"has {measure(best):,}"
-        )
-    return best
+    # Small networks have few widths: there the last one departs further from the common factor.
+    for steps, nudges in ((2, 1), (40, 4)):
+        near = _near(spec, goal, measure, nudges=range(-nudges, nudges + 1), steps=steps)
+        best = min(near, key=lambda candidate: abs(measure(candidate) - goal))
+        if abs(measure(best) - goal) <= TOLERANCE * goal:
+            return best
+    raise ConfigError(
+        f"no narrower network has {goal:,} {what} within {TOLERANCE:.0%}: the nearest "
+        f"has {measure(best):,}"
+    )
 
 
 def _near(
     spec: ModelSpec,
     goal: int,
     measure: Callable[[ModelSpec], int],
-    nudges: Iterable[int] = (-1, 0, 1),
+    *,
+    nudges: Iterable[int],
+    steps: int = 2,
 ) -> list[ModelSpec]:
-    """The narrower networks on both sides of the size."""
+    """The narrower networks on both sides of the size, so many thousandths of the width away."""
     grid = range(1, 1001)
     middle = bisect_left(grid, goal, key=lambda step: measure(spec.narrowed(step / 1000, 0)))
-    return [
+    near = (
         spec.narrowed(step / 1000, nudge)
-        for step in grid[max(0, middle - 2) : middle + 2]
+        for step in grid[max(0, middle - steps) : middle + steps]
         for nudge in nudges
-    ]
+    )
+    return list(dict.fromkeys(near))
 
 
 def _shape(spec: ModelSpec) -> nn.Module:

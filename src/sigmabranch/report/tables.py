@@ -177,6 +177,8 @@ def _cost_rows(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[t
     yield ("MACs", *map(count, (theirs["macs"], ours["soft_macs"], ours["macs"])))
     doubled = (count(part["flops_doubled"]) for part in (theirs, ours))
     yield ("FLOPs, doubled", next(doubled), NOTHING, next(doubled))
+    if "routed_macs_share" in ours:  # trees only, and no result of an earlier version
+        yield ("MACs routed", NOTHING, NOTHING, f"{100 * ours['routed_macs_share']:.1f}%")
 
 
 def accuracy_table(evaluation: Mapping[str, Any]) -> Table:
@@ -332,7 +334,7 @@ def sampling_note(evaluation: Mapping[str, Any]) -> str:
     share = evaluation["top1"] / 100
     error = 100 * math.sqrt(share * (1 - share) / evaluation["samples"])
     return (
-        f"Accuracy on {count(evaluation['samples'])} held-out samples: sampling alone moves it by "
+        f"Accuracy on {count(evaluation['samples'])} test samples: sampling alone moves it by "
         f"±{error:.2f} pp (one standard error); read smaller differences as none."
     )
 

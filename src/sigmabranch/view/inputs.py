@@ -1,4 +1,4 @@
-"""Where inputs come from: numbered held-out samples, and pictures that somebody uploads."""
+"""Where inputs come from: numbered test samples, and pictures that somebody uploads."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Inputs:
     Attributes:
         data: its name.
         shape: of one input.
-        test: its held-out samples, where its files are there.
+        test: its test samples, where its files are there.
         class_names: in label order.
     """
 
@@ -59,7 +59,7 @@ class Inputs:
         return len(self.shape) == 3 and self.shape[0] == 3
 
     def sample(self, number: int) -> Shown:
-        """The held-out sample of this number.
+        """The test sample of this number.
 
         Raises:
             DataError: there is none.

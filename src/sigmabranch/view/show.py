@@ -38,7 +38,7 @@ class Show:
         )
 
     def sample(self, number: int) -> dict[str, Any]:
-        """Run a held-out sample; raises :class:`DataError` if there is none of this number."""
+        """Run a test sample; raises :class:`DataError` if there is none of this number."""
         return self._alone(lambda: self._run(self.inputs.sample(number)))
 
     def picture(self, encoded: bytes) -> dict[str, Any]:
