@@ -195,9 +195,10 @@ class SigmaBranchNet(nn.Module):
         With early decision all are made before the trunk goes on, else one after each node. A batch
         is split among the branches by index; a batch of one touches one path.
 
-        In training mode every node runs: one that few rows reach borrows some, whose outputs are
-        dropped. Batch norms then have what they need, and processes that train together stay in
-        step. While :attr:`united` nothing is decided: all samples take the one path there is.
+        Where a gradient is wanted in training mode every node runs: one that few rows reach borrows
+        some, whose outputs are dropped. Batch norms then have what they need, and processes that
+        train together stay in step. While :attr:`united` nothing is decided: all samples take the
+        one path there is.
 
         Raises:
             DataError: the batch is empty.
@@ -264,7 +265,8 @@ class SigmaBranchNet(nn.Module):
             best, branch = (choice_B[rows] for choice_B in decided[node])
         else:
             best, branch = self.router(node)(feature).max(dim=-1)
-        dealt = hands(branch, len(children), _FEWEST if self.training else 0)
+        learning = self.training and torch.is_grad_enabled()
+        dealt = hands(branch, len(children), _FEWEST if learning else 0)
         arrived = _Arrived(rows, own, log_prob + best)
         for child, hand, part in zip(children, dealt, deal(feature, dealt), strict=True):
             if len(hand.rows):

@@ -18,6 +18,7 @@ from sigmabranch.archive import MANIFEST, WEIGHTS
 from sigmabranch.errors import CheckpointError, ConfigError, MissingDependency
 from sigmabranch.measure import evaluate_dense
 from sigmabranch.saving import load_net
+from sigmabranch.seals import json_bytes, sealed
 
 constants = pytest.importorskip("huggingface_hub.constants")
 
@@ -160,9 +161,8 @@ def test_a_manifest_that_names_a_pickle_does_not_get_it(local, net):
     sb.push_to_hub(net, NAME)
     stored = local.repositories[NAME].branches["main"]
     manifest = json.loads(stored[MANIFEST])
-    manifest["files"]["evil.pkl"] = {"bytes": 1, "sha256": "0"}
-    del manifest["sha256"]
-    stored |= {MANIFEST: json.dumps(manifest).encode(), "evil.pkl": b"x"}
+    manifest["files"]["evil.pkl"] = {"bytes": 1, "sha256": "0" * 64}
+    stored |= {MANIFEST: json_bytes(sealed(manifest)), "evil.pkl": b"x"}
     assert "evil.pkl is missing" in refused(sb.from_hub, NAME)
     assert "evil.pkl" not in downloaded(local)
 

@@ -38,7 +38,7 @@ def net(request, dense, batches) -> sb.SigmaBranchNet:
         "early": {"tied": 0.5, "decide_after": "layer1"},
         "uneven": {"tied": 0.3, "leaves": UNEVEN},
         "all": {"tied": 1.0},
-        "delta": {"delta": 2, "leaves": ((0,), (1,), (2,), (3,))},
+        "delta": {"delta": 2},
     }[request.param]
     net = sb.convert(dense, batches, TreeSpec(projection_dim=8, **fields), spec=SPEC)
     generator = torch.Generator().manual_seed(1)

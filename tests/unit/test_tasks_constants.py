@@ -19,7 +19,7 @@ OTHERS = [name for name in TASKS if name not in PAPER]
 
 def settings(task) -> list[str]:
     """All keys of a task's settings."""
-    return [f"{part}.{name}" for part in SECTIONS for name in getattr(task, part).to_dict()]
+    return [f"{part}.{item.name}" for part in SECTIONS for item in fields(getattr(task, part))]
 
 
 def found(task) -> dict:

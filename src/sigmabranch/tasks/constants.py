@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from sigmabranch.errors import ConfigError
@@ -71,7 +71,10 @@ def constants(task: Task) -> tuple[Constant, ...]:
 
 
 def _section(task: Task, section: str, paper: PaperTask | None) -> Iterator[Constant]:
-    settings = getattr(task, section).to_dict()
+    spec = getattr(task, section)
+    written = spec.to_dict()  # which may leave out what is off
+    names = [part.name for part in fields(spec)]
+    settings = {name: written.get(name, getattr(spec, name)) for name in names}
     for name, value in settings.items():
         decides, idle = _IDLE.get(name, ("", ()))
         unused = f"{decides}={settings[decides]}" if settings.get(decides) in idle else ""

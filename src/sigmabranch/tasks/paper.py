@@ -80,6 +80,8 @@ _STATED: Mapping[str, Any] = {
     "tree.cuts": None,
     "tree.decide_after": None,
     "tree.trunk_share": None,
+    "tree.tied": 0.0,
+    "tree.delta": 0,
     "tree.entry": None,
     "tree.shares": None,
     "tree.heads": None,

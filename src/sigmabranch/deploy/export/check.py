@@ -74,7 +74,7 @@ def check_leaves(net: SigmaBranchNet, written: Written, samples: Tensor) -> tupl
 def _routed(net: SigmaBranchNet, run: Run, samples: Tensor) -> list[list[tuple[Tensor, Tensor]]]:
     """Per leaf the pairs (found, expected) of the logits that both routed there."""
     pairs: list[list[tuple[Tensor, Tensor]]] = [[] for _ in net.tree.leaves]
-    for sample in _decided(net, samples).split(1):
+    for sample in _decided(net, samples).unsqueeze(1):
         expected, found = net.hard(sample), run(sample)
         _same_leaf(net, found[1], int(expected.leaf))
         pairs[found[1]].append((found[0], expected.logits))
