@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 import pytest
 
 from sigmabranch.errors import ConfigError
+from sigmabranch.fields import to_fields
 from sigmabranch.report.recipe_table import recipe_table
 from sigmabranch.tasks import PAPER, TASKS, Source, constants
 from sigmabranch.tasks import constants as constants_of
@@ -53,7 +54,7 @@ def test_every_setting_is_listed_once_with_its_value(name):
     assert len(listed) == len(constants(task))
     for key in settings(task):
         section, _, field = key.partition(".")
-        assert listed[key].value == getattr(task, section).to_dict()[field]
+        assert listed[key].value == to_fields(getattr(getattr(task, section), field))
     json.dumps([item.to_dict() for item in listed.values()])
 
 
