@@ -207,7 +207,7 @@ def test_a_file_outside_the_folder_is_not_touched(folder):
     manifest = json.loads((folder / MANIFEST).read_text())
     secret = folder.parent / "secret"
     secret.write_text("x")
-    listed = {**manifest["files"], "../secret": {"bytes": 1, "sha256": "0"}}
+    listed = {**manifest["files"], "../secret": {"bytes": 1, "sha256": "0" * 64}}
     (folder / MANIFEST).write_text(json.dumps(sealed({**manifest, "files": listed})))
     assert "outside its own folder" in refused(sb.load, folder)
 
