@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -29,5 +31,9 @@ def test_compiled_leaves_share_a_body_and_say_what_the_network_says(
             expected = net.hard(sample[None]).logits[0]
             torch.testing.assert_close(prediction.logits, expected, rtol=1e-3, atol=1e-4)
         assert leaves == {"0", "1"}
+        held = [weakref.ref(h.memory) for h in runtime._residency._held.values() if h.memory]
+        runtime.forget()
+        gc.collect()
+        assert held and not any(memory() for memory in held)  # a body keeps no weights
     bodies = list((tmp_path / "cache" / "sigmabranch" / "aoti").glob("*.pt2"))
     assert len(bodies) == 3  # the trunk, its router, and one for both leaves

@@ -55,6 +55,14 @@ def test_modules_that_differ_in_their_weights_only_share_a_body():
     assert key_of(Attribute()) == key_of(Attribute())
 
 
+def test_siblings_may_store_their_weights_in_another_order():
+    module, x = Attribute().eval(), torch.ones(1, 6)
+    tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
+    turned = dict(reversed(tensors.items()))
+    one, other = (exported(module, stored, x) for stored in (tensors, turned))
+    assert body_key(one, tensors, x) == body_key(other, turned, x)
+
+
 def test_a_body_is_for_one_layout_of_its_input():
     x = torch.ones(2, 6)
     assert key_of(Attribute(), x) != key_of(Attribute(), x.T.contiguous().T)

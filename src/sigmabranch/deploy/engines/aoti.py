@@ -7,7 +7,6 @@ code, so no package carries any.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.func import functional_call
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
@@ -30,13 +30,6 @@ from sigmabranch.deploy.segment import Segment
 from sigmabranch.errors import ConfigError
 from sigmabranch.temporaries import temporary_folder
 from sigmabranch.version import __version__
-
-_CONFIG = {
-    # The weights are handed over at each run, not built in.
-    "aot_inductor.package_constants_in_so": False,
-    "always_keep_tensor_constants": True,
-    "freezing": False,
-}
 
 
 class AotiEngine:
@@ -74,10 +67,8 @@ class AotiEngine:
         key = self._key.get(segment)
         if key is None:
             key = self._key[segment] = self._prepared(segment, tensors, feature)
-        body = self._bodies[key]
-        body.load_constants(dict(tensors), check_full_update=True, user_managed=True)
         with torch.inference_mode():
-            return body(feature)
+            return self._bodies[key](_in_order(tensors), feature)
 
     def _prepared(self, segment: Segment, tensors: Mapping[str, Tensor], feature: Any) -> str:
         """The key of a segment's body, which is loaded, and compiled if need be."""
@@ -93,24 +84,37 @@ class AotiEngine:
     def _module(self, segment: Segment) -> nn.Module:
         blocks = [self._modules[segment.node, name] for name in segment.names]
         members = [item for block in blocks for item in block.named_children()]
-        # A copy, because exporting gives it weights.
-        return copy.deepcopy(nn.Sequential(OrderedDict(members))).eval()
+        return nn.Sequential(OrderedDict(members)).eval()
+
+
+class _Weightless(nn.Module):
+    """A module as a function of its weights too, so that a body reads them where they lie.
+
+    The other way, to let a body keep them as its constants, keeps their memory for ever.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._held = (module,)  # in a tuple, so that its weights are none of the program's
+
+    def forward(self, tensors: dict[str, Tensor], feature: Any) -> Any:
+        """Feature → what the module makes of it."""
+        return functional_call(self._held[0], tensors, (feature,))
 
 
 @torch.no_grad()
 def exported(module: nn.Module, tensors: Mapping[str, Tensor], feature: Any) -> ExportedProgram:
-    """A module as a program for tensors and features of exactly these layouts.
+    """A module as a program of tensors and a feature, for exactly these layouts.
 
     Args:
-        module: in eval mode; it receives the tensors.
+        module: in eval mode; its own tensors may have no values.
         tensors: its parameters and buffers.
         feature: what it reads.
 
     Raises:
         UnsupportedOperation: torch.export cannot follow the module.
     """
-    module.load_state_dict(dict(tensors), strict=False, assign=True)
-    return traced(module, (feature,))
+    return traced(_Weightless(module), (_in_order(tensors), feature))
 
 
 def body_key(program: ExportedProgram, tensors: Mapping[str, Tensor], feature: Any) -> str:
@@ -126,6 +130,11 @@ def body_key(program: ExportedProgram, tensors: Mapping[str, Tensor], feature: A
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By name, for a body takes them by their places, and siblings may store theirs otherwise."""
+    return {name: tensors[name] for name in sorted(tensors)}
 
 
 def _layout(tensor: Tensor) -> list[Any]:
@@ -145,7 +154,5 @@ def _compile(program: ExportedProgram, path: Path) -> None:
         temporary_folder(path.parent) as folder,
         torch.no_grad(),
     ):
-        made = torch._inductor.aoti_compile_and_package(
-            program, package_path=f"{folder}/body.pt2", inductor_configs=_CONFIG
-        )
+        made = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/body.pt2")
         os.replace(made, temporary)

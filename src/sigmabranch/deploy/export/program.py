@@ -98,8 +98,8 @@ def _choice(
     return torch.cond(last_is_best, taken, left, (*earlier, *tensors))
 
 
-def traced(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
-    """``module`` as a program for inputs of exactly these shapes.
+def traced(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
+    """``module`` as a program for inputs, trees of tensors, of exactly these shapes.
 
     Raises:
         UnsupportedOperation: torch.export cannot follow the module.
