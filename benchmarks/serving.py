@@ -83,14 +83,20 @@ def network() -> tuple[SigmaBranchNet, Tensor]:
     torch.manual_seed(0)
     task = find_task("digits-resnet").with_settings(SETTINGS)
     net = blueprint(task.model.build(), example(task), task.tree).eval()
-    for value in net.state_dict().values():
-        if value.is_floating_point():  # else nothing routes and every answer is the same
-            value.copy_(torch.rand_like(value) * 0.4 + (0.8 if value.ndim == 1 else -0.2))
-    return net, torch.randn(INPUTS, *example(task).shape[1:])
+    for name, value in net.state_dict().items():
+        if value.ndim > 1:
+            value.normal_(0, (2 / value[0].numel()) ** 0.5)
+        elif value.is_floating_point() and name.endswith(("bias", "running_mean")):
+            value.normal_(0, 0.1)
+        elif value.is_floating_point():
+            value.uniform_(0.5, 1.5)
+    # Of different brightness, so that they take different leaves.
+    x = torch.randn(INPUTS, *example(task).shape[1:]) + 3 * torch.randn(INPUTS, 1, 1, 1)
+    return net, x
 
 
 def serve(case: Case, threads: int, count: int) -> tuple[int, int]:
-    """Wrong answers among so many, and the bytes that this process has grown by."""
+    """Wrong answers among ``count`` a thread, and the bytes that this process has grown by."""
     torch.set_num_threads(1)
     with case.opened() as runtime, ThreadPoolExecutor(threads) as pool:
 
@@ -98,9 +104,9 @@ def serve(case: Case, threads: int, count: int) -> tuple[int, int]:
             starts = range(0, threads * each, each)
             return sum(pool.map(lambda start: case.wrong(runtime, start, each), starts))
 
-        wrong = ask(max(1, count // threads // 10))
+        wrong = ask(-(-count // 10))
         before = resident()
-        wrong += ask(count // threads)
+        wrong += ask(count)
         return wrong, resident() - before
 
 
@@ -114,14 +120,15 @@ def measured(case: Case, count: int) -> Iterator[dict[str, Any]]:
     """One row a way of asking."""
     for processes, threads in WAYS:
         share = partial(serve, case, threads)
+        each = -(-count // (processes * threads))  # of a thread
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            found = [*pool.map(share, [count // processes] * processes)]
+            found = [*pool.map(share, [each] * processes)]
         yield {
             "engine": case.engine,
             "processes": processes,
             "threads": threads,
             "leaves": len({*case.leaves}),
-            "predictions": count // processes // threads * threads * processes,
+            "predictions": each * threads * processes,
             "wrong": sum(wrong for wrong, _ in found),
             "growth_mb": max(grown for _, grown in found) / 1e6,
         }
